@@ -1,0 +1,110 @@
+"""Batches as a function of (seed, step): the step is all there is to remember of a position."""
+
+from collections.abc import Iterator, Sequence
+
+import grain
+import numpy as np
+
+from meanflow_jax.data.sources import Source
+from meanflow_jax.data.transforms import Example, flip_horizontally
+
+Batch = dict[str, np.ndarray]
+"""Stacked examples: "image" [b, H, W, C] and "label" [b] int32."""
+
+
+def batches(
+  source: Source,
+  *,
+  batch_size: int,
+  rows: Sequence[int],
+  seed: int,
+  flip: bool,
+  first_step: int,
+  num_threads: int,
+  prefetch: int,
+) -> Iterator[Batch]:
+  """This host's rows of the batches of steps first_step, first_step + 1, ..., without end.
+
+  Row j of step s is element s * batch_size + j of an endless sequence: the source in one order
+  after another, each epoch's a function of (seed, epoch), each flip of (seed, element). So hosts
+  that share the rows of a batch in any way read the same batch, and no position needs storing.
+
+  Args:
+    source: the examples; may be smaller than a batch.
+    batch_size: rows of the global batch.
+    rows: numbers of the rows to read here, each in [0, batch_size), in the order of the result.
+    seed: of the order and the flips; not negative.
+    flip: whether to mirror half of the images at random.
+    first_step: where to start; what lies before is not read.
+    num_threads: each makes one batch at a time; 0 reads in the caller's thread.
+    prefetch: batches to hold ready or in the making; fewer than num_threads leave threads idle.
+
+  Raises:
+    ValueError: an empty source or rows outside the batch; from the iterator: a label outside
+      [0, source.num_classes). What a source raises in a thread arrives here, with a note that
+      names the item.
+  """
+  if not rows or min(rows) < 0 or max(rows) >= batch_size:
+    raise ValueError(f"rows must be some of 0 ... {batch_size - 1}, not {rows}")
+  elements = _checked(source).seed(seed).shuffle().repeat()
+  if flip:
+    elements = elements.random_map(flip_horizontally)
+  steps = _Rows(elements, batch_size, rows).batch(len(rows), drop_remainder=True)
+  options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
+  return iter(steps[first_step:].to_iter_dataset(options))
+
+
+def ordered_batches(source: Source, batch_size: int) -> Iterator[Batch]:
+  """Every example once, in the order of the source; the last batch may be smaller.
+
+  Raises:
+    ValueError: as `batches`.
+  """
+  return iter(_checked(source).to_iter_dataset().batch(batch_size))
+
+
+class _Rows(grain.MapDataset[Example]):
+  """The given rows of consecutive batches, one after another."""
+
+  def __init__(self, elements: grain.MapDataset[Example], batch_size: int, rows: Sequence[int]):
+    super().__init__(elements)
+    self._batch_size, self._rows = batch_size, rows
+
+  def __len__(self) -> int:
+    return len(self._parent) // self._batch_size * len(self._rows)
+
+  def __getitem__(self, index: int) -> Example:
+    step, row = divmod(index, len(self._rows))
+    return self._parent[step * self._batch_size + self._rows[row]]
+
+
+def _checked(source: Source) -> grain.MapDataset[Example]:
+  if not len(source):
+    raise ValueError(f"{type(source).__name__} holds no examples")
+  return grain.MapDataset.source(_Checked(source))
+
+
+class _Checked:
+  """A source whose errors name the item, and whose labels are classes.
+
+  An embedding looks up any label without complaint: a wrong one would train in silence.
+  """
+
+  def __init__(self, source: Source):
+    self._source = source
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def __getitem__(self, index: int) -> Example:
+    try:
+      example = self._source[index]
+    except Exception as error:
+      error.add_note(f"while reading item {index} of {type(self._source).__name__}")
+      raise
+    if not 0 <= example["label"] < self._source.num_classes:
+      raise ValueError(
+        f"item {index} of {type(self._source).__name__} has label {example['label']}, "
+        f"outside [0, {self._source.num_classes})"
+      )
+    return example

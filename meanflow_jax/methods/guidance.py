@@ -1,0 +1,97 @@
+"""Classifier-free guidance inside the training target (arXiv 2505.13447, section 4.2)."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from meanflow_jax.arrays import Image, Label, Mask, PRNGKey, Time, per_row
+from meanflow_jax.methods.row_groups import RowGroups
+
+DROPPABLE_ROWS = ("all", "equal")
+
+
+@dataclasses.dataclass(frozen=True)
+class Guidance:
+  """The guided velocity  omega v + kappa u(y) + (1 - omega - kappa) u(null)  (eq. 19-21).
+
+  It holds for t in [t_start, t_end]; outside, omega = 1 and kappa = 0. The effective guidance
+  scale is omega / (1 - kappa).
+  """
+
+  omega: float
+  kappa: float
+  t_start: float
+  t_end: float
+
+  def __post_init__(self):
+    if not 0 <= self.kappa < 1:
+      raise ValueError(f"guidance kappa must lie in [0, 1), got {self.kappa}")
+    if not 0 <= self.t_start <= self.t_end <= 1:
+      raise ValueError(
+        f"the guidance interval must satisfy 0 <= t_start <= t_end <= 1, "
+        f"got t_start {self.t_start} and t_end {self.t_end}"
+      )
+
+  @property
+  def needs_conditional(self) -> bool:
+    """Whether u(z, t, t | y) has a part in the target."""
+    return self.kappa != 0
+
+  @property
+  def needs_unconditional(self) -> bool:
+    """Whether u(z, t, t | null) has a part in the target."""
+    return not math.isclose(self.omega + self.kappa, 1)
+
+  @property
+  def is_on(self) -> bool:
+    """Whether the target differs from the velocity at all."""
+    return self.needs_conditional or self.needs_unconditional
+
+  def __call__(self, v: Image, v_c: Image, v_u: Image, t: Time) -> Image:
+    """Combines the velocity with the network's conditional and unconditional ones."""
+    inside = (t >= self.t_start) & (t <= self.t_end)
+    omega = per_row(jnp.where(inside, self.omega, 1))
+    kappa = per_row(jnp.where(inside, self.kappa, 0))
+    return omega * v + kappa * v_c + (1 - omega - kappa) * v_u
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelDropout:
+  """Gives a fraction of all rows the null class, and with it the unguided target.
+
+  Attributes:
+    rate: the fraction of all rows.
+    droppable: which rows may drop: "all", or only the rows with r = t ("equal"), whose own
+      probability is then rate / (their share).
+  """
+
+  rate: float
+  droppable: str
+
+  def __post_init__(self):
+    if self.droppable not in DROPPABLE_ROWS:
+      raise ValueError(f"droppable rows must be one of {DROPPABLE_ROWS}, got {self.droppable!r}")
+    if not 0 <= self.rate <= 1:
+      raise ValueError(f"the rate of label dropout must lie in [0, 1], got {self.rate}")
+
+  def probability(self, rows: RowGroups) -> float:
+    """The probability with which a droppable row drops its label.
+
+    Raises:
+      ValueError: if there are too few droppable rows for the rate.
+    """
+    if self.rate == 0 or self.droppable == "all":
+      return self.rate
+    if self.rate * rows.size > rows.first:
+      raise ValueError(
+        f"label dropout of {self.rate} of all rows exceeds the rows with r = t "
+        f"({rows.first} of {rows.size}): lower the rate or let all rows drop their label"
+      )
+    return self.rate * rows.size / rows.first
+
+  def __call__(self, key: PRNGKey, y: Label, rows: RowGroups) -> Mask:
+    """Draws which rows drop their label [B]."""
+    dropped = jax.random.bernoulli(key, self.probability(rows), y.shape)
+    return dropped if self.droppable == "all" else dropped & rows.mask(y.shape[0])

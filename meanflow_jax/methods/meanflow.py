@@ -1,0 +1,190 @@
+"""MeanFlow: average velocities learnt from their identity (arXiv 2505.13447)."""
+
+import dataclasses
+from typing import NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.lax import stop_gradient
+from jaxtyping import Array, Float
+
+from meanflow_jax.arrays import Image, Label, Mask, PRNGKey, Scalar, Time, VelocityFn, per_row
+from meanflow_jax.methods.guidance import Guidance, LabelDropout
+from meanflow_jax.methods.row_groups import RowGroups
+from meanflow_jax.methods.time_sampling import TimePairs
+
+
+class Draws(flax.struct.PyTreeNode):
+  """All randomness of one step.
+
+  Attributes:
+    noise: e ~ N(0, I).
+    r, t: the two times of each row.
+    dropped: the rows that take the null class and the unguided target.
+    rows: the rows with r = t come first in each group; static.
+  """
+
+  noise: Image
+  r: Time
+  t: Time
+  dropped: Mask
+  rows: RowGroups = flax.struct.field(pytree_node=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptiveWeight:
+  """Weights a row's squared error by 1 / stopgrad(error + c)^p (section 4.3)."""
+
+  p: float
+  c: float
+
+  def __post_init__(self):
+    if self.c <= 0:
+      raise ValueError(f"the adaptive weight's c must be positive, got {self.c}")
+
+  def __call__(self, error: Float[Array, "B"]) -> Float[Array, "B"]:
+    """The weighted error of each row, from its squared error summed over the elements."""
+    return error / stop_gradient(error + self.c) ** self.p
+
+
+class _Rows(NamedTuple):
+  """What the network sees of some rows; `y_in` is the label after dropout."""
+
+  z: Image
+  r: Time
+  t: Time
+  y: Label
+  y_in: Label
+
+
+def velocity_and_derivative(
+  velocity_fn: VelocityFn, z: Image, r: Time, t: Time, y: Label, tangent: Image
+) -> tuple[Image, Image]:
+  """u(z, r, t) and du/dt = tangent . grad_z u + d_t u along the flow (eq. 8).
+
+  The derivative carries no gradient: it only enters targets.
+  """
+  u, du_dt = jax.jvp(
+    lambda z, r, t: velocity_fn(z, r, t, y),
+    (z, r, t),
+    (tangent, jnp.zeros_like(r), jnp.ones_like(t)),
+  )
+  return u, stop_gradient(du_dt)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeanFlow:
+  """The MeanFlow objective and its sampling step; with r = t on all rows, flow matching.
+
+  Attributes:
+    times: the distribution of (r, t).
+    guidance: classifier-free guidance in the target.
+    label_dropout: which rows learn the unconditional velocity.
+    weight: the weight of a row's error.
+    null_label: the label that stands for no class.
+  """
+
+  times: TimePairs
+  guidance: Guidance
+  label_dropout: LabelDropout
+  weight: AdaptiveWeight
+  null_label: int
+
+  def __post_init__(self):
+    self.label_dropout.probability(self.times.rows)
+
+  def draw(self, key: PRNGKey, x: Image, y: Label) -> Draws:
+    """Draws all random numbers of one step for data x with labels y."""
+    key_noise, key_times, key_dropout = jax.random.split(key, 3)
+    r, t = self.times(key_times, x.shape[0])
+    return Draws(
+      noise=jax.random.normal(key_noise, x.shape, x.dtype),
+      r=r,
+      t=t,
+      dropped=self.label_dropout(key_dropout, y, self.times.rows),
+      rows=self.times.rows,
+    )
+
+  def objective(
+    self, velocity_fn: VelocityFn, x: Image, y: Label, draws: Draws
+  ) -> tuple[Scalar, dict[str, Scalar]]:
+    """The loss for given draws (Algorithm 1, eq. 10), deterministic, and its metrics.
+
+    (t - r) du/dt vanishes on the rows with r = t, so the JVP runs on the others only.
+
+    Returns:
+      The weighted error, averaged over rows, and as metrics the unweighted squared errors per
+      element: `error` against the target, `velocity_error` on the rows with r = t against e - x.
+    """
+    v = draws.noise - x
+    z = x + per_row(draws.t) * v
+    y_in = jnp.where(draws.dropped, self.null_label, y)
+    equal, ahead = draws.rows.split(_Rows(z, draws.r, draws.t, y, y_in))
+
+    u_equal = velocity_fn(equal.z, equal.t, equal.t, equal.y_in)
+    v_guided = self.guided_velocity(velocity_fn, z, v, y, draws, u_equal)
+    _, tangent = draws.rows.split(v_guided)
+    u_ahead, du_dt = velocity_and_derivative(
+      velocity_fn, ahead.z, ahead.r, ahead.t, ahead.y_in, tangent
+    )
+    u = draws.rows.merge(u_equal, u_ahead)
+    du_dt = draws.rows.merge(jnp.zeros_like(u_equal), du_dt)
+    target = v_guided - per_row(draws.t - draws.r) * du_dt
+
+    loss = self.weight(jnp.sum((u - target) ** 2, axis=(1, 2, 3))).mean()
+    metrics = {"error": jnp.mean((u - target) ** 2)}
+    if draws.rows.first:
+      metrics["velocity_error"] = jnp.mean((u_equal - draws.rows.split(v)[0]) ** 2)
+    return loss, metrics
+
+  def loss(
+    self, velocity_fn: VelocityFn, key: PRNGKey, x: Image, y: Label
+  ) -> tuple[Scalar, dict[str, Scalar]]:
+    """`objective` of a fresh draw."""
+    return self.objective(velocity_fn, x, y, self.draw(key, x, y))
+
+  def guided_velocity(
+    self, velocity_fn: VelocityFn, z: Image, v: Image, y: Label, draws: Draws, u_equal: Image
+  ) -> Image:
+    """The guided target velocity of each row (eq. 19), without gradient.
+
+    Args:
+      velocity_fn: the network.
+      z: the noised data z_t.
+      v: the conditional velocity e - x.
+      y: the labels before dropout.
+      draws: the times and the rows that dropped their label.
+      u_equal: u(z, t, t | y) of the rows with r = t, which the loss needs anyway.
+    """
+    if not self.guidance.is_on:
+      return v
+    v_c, v_u = self._guidance_velocities(velocity_fn, z, y, draws, stop_gradient(u_equal))
+    return jnp.where(per_row(draws.dropped), v, self.guidance(v, v_c, v_u, draws.t))
+
+  def _guidance_velocities(
+    self, velocity_fn: VelocityFn, z: Image, y: Label, draws: Draws, u_equal: Image
+  ) -> tuple[Image, Image]:
+    """u(z, t, t | y) and u(z, t, t | null), zeros where guidance does not ask for one.
+
+    Rows with r = t have their conditional velocity already; all else is one network pass.
+    """
+    velocity = lambda z, t, y: stop_gradient(velocity_fn(z, t, t, y))
+    rows = draws.rows
+    null = (z, draws.t, jnp.full_like(y, self.null_label))
+    _, ahead = rows.split((z, draws.t, y))
+    if not self.guidance.needs_conditional:
+      return jnp.zeros_like(z), velocity(*null)
+    if not self.guidance.needs_unconditional:
+      return rows.merge(u_equal, velocity(*ahead)), jnp.zeros_like(z)
+    both = RowGroups(size=rows.size + rows.rest, first=rows.size)
+    v_u, v_c = both.split(velocity(*both.merge(null, ahead)))
+    return rows.merge(u_equal, v_c), v_u
+
+  def step(self, velocity_fn: VelocityFn, z: Image, t: Time, r: Time, y: Label) -> Image:
+    """One sampling step from t to r < t: z_r = z_t - (t - r) u(z_t, r, t) (eq. 12).
+
+    A model of plain flow matching knows u at r = t only: its step is Euler's.
+    """
+    start = t if self.times.rows.rest == 0 else r
+    return z - per_row(t - r) * velocity_fn(z, start, t, y)

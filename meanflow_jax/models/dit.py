@@ -1,0 +1,187 @@
+"""The diffusion transformer (arXiv 2212.09748), conditioned on two times and a label."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from meanflow_jax.arrays import Image, Label, Time
+from meanflow_jax.kernels import attention
+from meanflow_jax.models.embeddings import TimeEmbedder, sincos_positions
+
+Tokens = Float[Array, "B N E"]
+Condition = Float[Array, "B E"]
+
+TIMES = ("t", "h", "r")
+POSITIONS = ("sincos", "learned")
+REMAT = ("none", "blocks")
+DTYPES = ("float32", "bfloat16")
+MLP_RATIO = 4
+
+
+def _dense(features: int, dtype: str, name: str, *, zero: bool = False) -> nn.Dense:
+  init = nn.initializers.zeros if zero else nn.initializers.xavier_uniform()
+  return nn.Dense(features, dtype=dtype, kernel_init=init, name=name)
+
+
+def _norm(dtype: str) -> nn.LayerNorm:
+  return nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=False, dtype=dtype)
+
+
+def _modulate(x: Tokens, shift: Condition, scale: Condition) -> Tokens:
+  return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class Attention(nn.Module):
+  """Multi-head self-attention."""
+
+  num_heads: int
+  dtype: str
+
+  @nn.compact
+  def __call__(self, x: Tokens) -> Tokens:
+    """Mixes tokens."""
+    batch, tokens, width = x.shape
+    qkv = _dense(3 * width, self.dtype, "qkv")(x)
+    q, k, v = jnp.moveaxis(qkv.reshape(batch, tokens, 3, self.num_heads, -1), 2, 0)
+    return _dense(width, self.dtype, "out")(attention(q, k, v).reshape(x.shape))
+
+
+class Block(nn.Module):
+  """A transformer block with adaLN-zero conditioning (arXiv 2212.09748, section 3.2)."""
+
+  num_heads: int
+  dtype: str
+  constrain: Callable[[Array], Array]
+
+  @nn.compact
+  def __call__(self, x: Tokens, condition: Condition) -> tuple[Tokens, None]:
+    """Applies attention and perceptron; the second value is the (empty) output of a scan."""
+    width = x.shape[-1]
+    modulation = _dense(6 * width, self.dtype, "modulation", zero=True)(condition)
+    shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
+    attended = Attention(self.num_heads, self.dtype, name="attention")(
+      _modulate(_norm(self.dtype)(x), shift_a, scale_a)
+    )
+    x = x + gate_a[:, None] * attended
+    hidden = _modulate(_norm(self.dtype)(x), shift_m, scale_m)
+    hidden = nn.gelu(_dense(MLP_RATIO * width, self.dtype, "mlp_in")(hidden), approximate=True)
+    x = x + gate_m[:, None] * _dense(width, self.dtype, "mlp_out")(hidden)
+    return self.constrain(x), None
+
+
+class DiT(nn.Module):
+  """A diffusion transformer over images or latents.
+
+  Parameters are float32; the parameters of the blocks are stacked over layers, so that a
+  checkpoint does not depend on `scan`.
+
+  Attributes:
+    patch_size: side of a patch, in pixels.
+    width, depth, num_heads: of the transformer.
+    num_classes: size of the label table without the null class; 0 takes no labels.
+    conditioning: which of t, h = t - r and r are embedded and added up.
+    time_frequencies: sinusoids of a time's embedding.
+    positions: "sincos" or "learned".
+    dtype: the dtype of computation; embeddings of time, norms' statistics, softmax are float32.
+    scan: compile one block and loop over it, instead of unrolling all.
+    remat: "blocks" keeps only the input of each block for the backward pass.
+    constrain: fixes the sharding of activations.
+  """
+
+  patch_size: int
+  width: int
+  depth: int
+  num_heads: int
+  num_classes: int
+  conditioning: tuple[str, ...]
+  time_frequencies: int
+  positions: str
+  dtype: str
+  scan: bool
+  remat: str
+  constrain: Callable[[Array], Array] = lambda x: x
+
+  def __post_init__(self):
+    _check_choice("conditioning", TIMES, *self.conditioning)
+    _check_choice("positions", POSITIONS, self.positions)
+    _check_choice("remat", REMAT, self.remat)
+    _check_choice("dtype", DTYPES, self.dtype)
+    if not self.conditioning:
+      raise ValueError(f"model.conditioning is empty; choose from {TIMES}")
+    if self.width % self.num_heads or self.width % 4:
+      raise ValueError(
+        f"model.width {self.width} must be divisible by 4 and by model.num_heads {self.num_heads}"
+      )
+    super().__post_init__()
+
+  @nn.compact
+  def __call__(self, z: Image, t: Time, h: Time, y: Label) -> Image:
+    """The average velocity over [t - h, t], float32 of the shape of z.
+
+    Raises:
+      ValueError: if the image's sides are not divisible by the patch size.
+    """
+    condition = self._condition(t, h, y)
+    x = self.constrain(self._embed(z))
+    x = self._transform(x, condition)
+    return self._unembed(x, condition, z.shape).astype(jnp.float32)
+
+  def _condition(self, t: Time, h: Time, y: Label) -> Condition:
+    """SiLU of the summed embeddings of times and label, the input of every modulation."""
+    times = {"t": t, "h": h, "r": t - h}
+    embedded = [
+      TimeEmbedder(self.width, self.time_frequencies, name=f"{name}_embedder")(times[name])
+      for name in self.conditioning
+    ]
+    if self.num_classes:
+      init = nn.initializers.normal(0.02)
+      table = nn.Embed(self.num_classes + 1, self.width, embedding_init=init, name="label_embedder")
+      embedded.append(table(y))
+    return nn.silu(sum(embedded)).astype(self.dtype)
+
+  def _embed(self, z: Image) -> Tokens:
+    """Linear patch embeddings plus positions."""
+    batch, height, columns, channels = z.shape
+    p = self.patch_size
+    if height % p or columns % p:
+      raise ValueError(f"an image of {height} x {columns} does not divide into patches of {p}")
+    rows, columns = height // p, columns // p
+    patches = z.reshape(batch, rows, p, columns, p, channels).swapaxes(2, 3)
+    x = _dense(self.width, self.dtype, "patch_embedder")(patches.reshape(batch, rows * columns, -1))
+    if self.positions == "learned":
+      shape = (rows * columns, self.width)
+      positions = self.param("positions", nn.initializers.normal(0.02), shape)
+    else:
+      positions = sincos_positions(rows, columns, self.width)
+    return x + jnp.asarray(positions, self.dtype)
+
+  def _transform(self, x: Tokens, condition: Condition) -> Tokens:
+    block = nn.remat(Block, prevent_cse=not self.scan) if self.remat == "blocks" else Block
+    layers = nn.scan(
+      block,
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      in_axes=nn.broadcast,
+      length=self.depth,
+      unroll=1 if self.scan else self.depth,
+    )
+    return layers(self.num_heads, self.dtype, self.constrain, name="blocks")(x, condition)[0]
+
+  def _unembed(self, x: Tokens, condition: Condition, shape: tuple[int, ...]) -> Image:
+    """The final modulated projection, back from patches to an image."""
+    batch, height, columns, channels = shape
+    p = self.patch_size
+    modulation = _dense(2 * self.width, self.dtype, "final_modulation", zero=True)(condition)
+    shift, scale = jnp.split(modulation, 2, axis=-1)
+    x = _modulate(_norm(self.dtype)(x), shift, scale)
+    patches = _dense(p * p * channels, self.dtype, "final", zero=True)(x)
+    patches = patches.reshape(batch, height // p, columns // p, p, p, channels)
+    return patches.swapaxes(2, 3).reshape(shape)
+
+
+def _check_choice(key: str, choices: tuple[str, ...], *values: str) -> None:
+  for value in values:
+    if value not in choices:
+      raise ValueError(f"model.{key} must be one of {choices}, got {value!r}")

@@ -1,0 +1,1 @@
+"""Devices, disks and processes; knows no MeanFlow."""
