@@ -10,11 +10,15 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Int, PyTree
 
 from meanflow_jax.arrays import Image, Label, PRNGKey, Scalar, VelocityFn
 from meanflow_jax.methods.meanflow import Draws, MeanFlow
 from meanflow_jax.methods.row_groups import RowGroups
+from meanflow_jax.runtime.mesh import parameter_shardings
+
+SCHEDULES = ("constant", "cosine")
 
 Batch = dict[str, Array]
 Metrics = dict[str, Scalar]
@@ -41,6 +45,28 @@ class TrainState(flax.struct.PyTreeNode):
   params: PyTree
   ema: dict[str, PyTree]
   opt_state: PyTree
+
+
+def state_shardings(mesh: Mesh, shapes: TrainState) -> TrainState:
+  """Where each array of a state lies: optimizer and averages like their parameters."""
+  return parameter_shardings(mesh, shapes)
+
+
+def item_name(decay: float) -> str:
+  """The name of an average in a checkpoint; 0 stands for the parameters themselves."""
+  return f"ema_{decay}" if decay else "params"
+
+
+def to_items(state: TrainState) -> dict[str, PyTree]:
+  """A state as a checkpoint's items, so that any of them restores alone."""
+  averages = {f"ema_{decay}": params for decay, params in state.ema.items()}
+  return {"params": state.params, "opt_state": state.opt_state, **averages}
+
+
+def from_items(items: dict[str, PyTree], step: Int[Array, ""]) -> TrainState:
+  """Undoes `to_items`."""
+  averages = {k.removeprefix("ema_"): v for k, v in items.items() if k.startswith("ema_")}
+  return TrainState(step=step, params=items["params"], ema=averages, opt_state=items["opt_state"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +111,13 @@ def velocity_fn(network: nn.Module, params: PyTree) -> VelocityFn:
   return lambda z, r, t, y: network.apply({"params": params}, z, t, t - r, y)
 
 
+def init_params(network: nn.Module, seed: int, image_shape: tuple[int, ...]) -> PyTree:
+  """The parameters before training, of a network for images [H, W, C]."""
+  image, time = jnp.zeros((1, *image_shape)), jnp.zeros((1,))
+  key = stream(seed, Purpose.INIT)
+  return network.init(key, image, time, time, jnp.zeros((1,), jnp.int32))["params"]
+
+
 def model_image(image: Array) -> Image:
   """Images as the model sees them: uint8 becomes float32 in [-1, 1], floats stay."""
   return image / 127.5 - 1 if image.dtype == jnp.uint8 else image.astype(jnp.float32)
@@ -114,11 +147,7 @@ class TrainStep:
 
   def init(self, image_shape: tuple[int, ...]) -> TrainState:
     """The state before the first step, for images [H, W, C]."""
-    image = jnp.zeros((1, *image_shape))
-    time = jnp.zeros((1,))
-    label = jnp.zeros((1,), jnp.int32)
-    key = stream(self.seed, Purpose.INIT)
-    params = self.network.init(key, image, time, time, label)["params"]
+    params = init_params(self.network, self.seed, image_shape)
     return TrainState(
       step=jnp.zeros((), jnp.int32),
       params=params,
@@ -181,7 +210,7 @@ def microbatches(rows: PyTree, count: int, groups: RowGroups) -> PyTree:
   return jax.tree.map(deal, rows)
 
 
-def optimizer(
+def make_optimizer(
   *,
   learning_rate: float,
   schedule: str,
@@ -202,14 +231,16 @@ def optimizer(
     b1, b2: Adam's.
     weight_decay: decoupled.
     clip_norm: bound on the gradient's norm; 0 does not clip.
+
+  Raises:
+    ValueError: an unknown schedule, or a warm-up as long as training.
   """
   if schedule not in SCHEDULES:
-    raise ValueError(f"optimizer.schedule must be one of {sorted(SCHEDULES)}, got {schedule!r}")
+    raise ValueError(f"optimizer.schedule must be one of {SCHEDULES}, got {schedule!r}")
+  if not 0 <= warmup_steps < total_steps:
+    raise ValueError(f"optimizer.warmup_steps {warmup_steps} is not within {total_steps} steps")
   rate = optax.warmup_constant_schedule(0.0, learning_rate, warmup_steps)
   if schedule == "cosine":
     rate = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup_steps, total_steps)
   clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
   return optax.chain(*clip, optax.adamw(rate, b1, b2, weight_decay=weight_decay)), rate
-
-
-SCHEDULES = ("constant", "cosine")

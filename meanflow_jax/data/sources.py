@@ -21,8 +21,8 @@ _EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif
 class Source(Protocol):
   """Random access to examples, from any number of threads at once.
 
-  Every item is a fresh {"image": [H, W, C] uint8, or float32 in [-1, 1]; "label": int32 scalar}
-  with one shape for all images and labels in [0, num_classes).
+  Items are {"image": [H, W, C] uint8, or float32 in [-1, 1]; "label": int32 scalar}: one shape for
+  all images, labels in [0, num_classes), arrays that nobody writes to.
   """
 
   num_classes: int

@@ -10,8 +10,10 @@ On disk everything is Orbax's own format, but for the manifest:
 The manifest is there because Orbax notices a damaged file late, with the same bare `Exception`
 that an unreachable disk causes, and an overwritten one often not at all: the numbers come back
 changed. Its check reads at most 8 KiB per file; bytes that flip further inside stay unnoticed.
+Whatever Orbax raises after that check is raised as it is: memory that ran out is no damage.
 """
 
+import contextlib
 import itertools
 import json
 import logging
@@ -28,16 +30,16 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 PyTree = Any
-# item -> file -> [size, checksum]
-Manifest = dict[str, dict[str, list[int]]]
+Manifest = dict[str, dict[str, list[int]]]  # item -> file -> [size, checksum]
 
 _MANIFEST = "manifest.json"
 _CONFIG = "config"
 _END = 4096
+_log = logging.getLogger(__name__)
 
 
 class CheckpointError(RuntimeError):
-  """A checkpoint that cannot be written, or none that this run could continue from."""
+  """A checkpoint could not be written, or there is none that this run can continue from."""
 
 
 class Checkpoints:
@@ -59,22 +61,15 @@ class Checkpoints:
     keep_every: int | None,
     read_only: bool = False,
   ):
-    self._directory = epath.Path(directory).resolve()
+    path = epath.Path(directory)
+    self._directory = path if path.is_absolute() else path.resolve()  # which breaks gs://
     self._read_only = read_only
-    self._writing: int | None = None  # the step of the last save, finished or not
-    self._held: int | None = None  # the step whose state was last written or read here
-    kept: list[policies.PreservationPolicy] = [policies.LatestN(keep_latest)]
+    self._writing = -1  # the step of the last save, finished or not
+    self._held: int | None = None  # the step whose state the caller holds, as far as we know
+    self._kept: list[policies.PreservationPolicy] = [policies.LatestN(keep_latest)]
     if keep_every is not None:
-      kept.append(policies.EveryNSteps(keep_every))
-    self._manager = ocp.CheckpointManager(
-      self._directory,
-      options=ocp.CheckpointManagerOptions(
-        preservation_policy=policies.AnyPreservationPolicy(kept),
-        cleanup_tmp_directories=not read_only,
-        read_only=read_only,
-        async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
-      ),
-    )
+      self._kept.append(policies.EveryNSteps(keep_every))
+    self._manager = self._open(cleanup=not read_only)
 
   def __enter__(self) -> Self:
     return self
@@ -115,11 +110,11 @@ class Checkpoints:
     if step == self._held:
       return
     self._writing = step
-    args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-    args_and_config = ocp.args.Composite(**{_CONFIG: ocp.args.JsonSave(dict(config))}, **args)
+    trees = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+    args = ocp.args.Composite(**trees, **{_CONFIG: ocp.args.JsonSave(dict(config))})
     try:
-      accepted = self._manager.save(step, args=args_and_config)
-    except OSError as error:
+      accepted = self._manager.save(step, args=args)
+    except Exception as error:
       raise self._write_failure(error) from error
     if not accepted:
       why = "it is open for reading only" if self._read_only else f"it has {self.steps()}"
@@ -173,21 +168,39 @@ class Checkpoints:
       raise CheckpointError(_listing(f"{self._directory} has no usable checkpoint", refused))
     return None
 
-  def _folder(self, step: int | None) -> epath.Path:
+  def _open(self, *, cleanup: bool) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(
+      preservation_policy=policies.AnyPreservationPolicy(self._kept),
+      cleanup_tmp_directories=cleanup,
+      read_only=self._read_only,
+      async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
+    )
+    return ocp.CheckpointManager(self._directory, options=options)
+
+  def _folder(self, step: int) -> epath.Path:
     return self._directory / str(step)
+
+  def _unfinished_folder(self) -> epath.Path:
+    return self._directory / f"{self._writing}{ocp.utils.TMP_DIR_SUFFIX}"
 
   def _write_manifest(self) -> None:
     """Called by Orbax when all items are on disk, before the folder counts as a checkpoint."""
-    folder = self._folder(self._writing)
-    unfinished = folder.with_name(folder.name + ocp.utils.TMP_DIR_SUFFIX)
-    if unfinished.exists():  # object stores cannot rename: there a marker file comes last
-      folder = unfinished
+    folder = self._unfinished_folder()
+    if not folder.exists():  # object stores cannot rename: there a marker file comes last
+      folder = self._folder(self._writing)
     manifest = {item.name: _fingerprints(item) for item in folder.iterdir() if item.is_dir()}
     (folder / _MANIFEST).write_text(json.dumps(manifest))
 
   def _write_failure(self, error: Exception) -> CheckpointError:
     self._held = None
-    self._manager.reload()
+    # Orbax's manager would repeat the error in later calls; some of its writers may still be busy,
+    # so that the folder is removed now if it can be, or else when the next run starts.
+    with contextlib.suppress(Exception):
+      self._manager.close()
+    if jax.process_index() == 0:
+      with contextlib.suppress(OSError):
+        self._unfinished_folder().rmtree()
+    self._manager = self._open(cleanup=False)
     return CheckpointError(
       f"checkpoint {self._writing} could not be written to {self._directory}: {error}\n"
       f"the newest intact checkpoint is {self.latest_step()}"
@@ -207,7 +220,7 @@ class Checkpoints:
         aside.parent.mkdir(parents=True, exist_ok=True)
         folder.rename(aside)
         outcome = f"moved to {aside}"
-      logging.warning("checkpoint %s is damaged (%s): %s", folder, damage, outcome)
+      _log.warning("checkpoint %s is damaged (%s): %s", folder, damage, outcome)
     multihost_utils.sync_global_devices(f"checkpoint {step} set aside")
     self._manager.reload()
 
@@ -222,8 +235,8 @@ class Checkpoints:
       self._require_identity(step, identity)
     for name, target in targets.items():
       _require_same_arrays(folder / name, target)
-    args = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
-    restored = self._manager.restore(step, args=ocp.args.Composite(**args))
+    trees = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
+    restored = self._manager.restore(step, args=ocp.args.Composite(**trees))
     self._held = step
     return {name: restored[name] for name in targets}
 
@@ -236,7 +249,7 @@ class Checkpoints:
 
 
 def _require_same_arrays(item: epath.Path, target: PyTree) -> None:
-  # Orbax itself casts to the target's dtypes without a word.
+  # Orbax would cast to the target's dtypes without a word.
   stored = ocp.StandardCheckpointHandler().metadata(item).tree
   if lines := _differences(_signatures(stored), _signatures(target)):
     raise CheckpointError(_listing(f"{item} holds other arrays", lines))
@@ -284,7 +297,7 @@ def _find_damage(folder: epath.Path, items: Collection[str]) -> str | None:
       if file not in found:
         return f"{item}/{file} is missing"
       if found[file] != written:
-        return f"{item}/{file} has {found[file][0]} bytes, not the {written[0]} written"
+        return f"{item}/{file} is not as written ({found[file][0]} bytes of {written[0]})"
   return None
 
 

@@ -58,6 +58,15 @@ def parameter_shardings(mesh: Mesh, shapes: PyTree) -> PyTree:
   return jax.tree.map(sharding, shapes)
 
 
+def abstract(shapes: PyTree, shardings: PyTree) -> PyTree:
+  """Shapes that know their sharding: what a checkpoint is restored onto."""
+  return jax.tree.map(
+    lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+    shapes,
+    shardings,
+  )
+
+
 def local_rows(mesh: Mesh, batch: int) -> list[int]:
   """The rows of a global batch that this process holds, in order."""
   slices = rows_sharding(mesh).addressable_devices_indices_map((batch,)).values()

@@ -1,0 +1,113 @@
+"""The schema: every key, its default and what it does. Presets import this and change a few lines.
+
+All cadences are in steps. The defaults are those of MeanFlow's ImageNet recipe where it has one
+(arXiv 2505.13447, Table 4).
+"""
+
+from ml_collections import ConfigDict
+
+# Sizes of the published transformers (arXiv 2212.09748, Table 1).
+DIT = {
+  "S": {"depth": 12, "width": 384, "num_heads": 6},
+  "B": {"depth": 12, "width": 768, "num_heads": 12},
+  "M": {"depth": 16, "width": 1024, "num_heads": 16},
+  "L": {"depth": 24, "width": 1024, "num_heads": 16},
+  "XL": {"depth": 28, "width": 1152, "num_heads": 16},
+}
+
+
+def get_config() -> ConfigDict:
+  """All keys with their defaults."""
+  config = ConfigDict()
+  config.seed = 0  # of parameters, batches and draws
+
+  config.data = data = ConfigDict()
+  data.source = "digits"  # digits | folder | tfds | latents | synthetic: which section below is read
+  data.image_size = 8  # height and width that the model sees
+  data.channels = 1
+  data.num_classes = 10  # 0: unconditional, labels are ignored
+  data.flip = False  # mirror half of the images at random
+  data.threads = 4  # that read batches; 0: read in the main thread
+  data.prefetch = 8  # batches read ahead
+  data.digits = ConfigDict({"split": "train"})  # train (1,500 images) | test (297) | all
+  data.folder = ConfigDict()  # images below `path`, one sub-folder per class
+  data.folder.path = ""
+  data.folder.skip_unreadable = False  # let the next image stand in for a broken one
+  data.tfds = ConfigDict()  # any image dataset of TensorFlow-datasets, prepared on disk
+  data.tfds.name = "cifar10"
+  data.tfds.split = "train"
+  data.tfds.data_dir = ""  # "": TFDS' default
+  data.latents = ConfigDict({"path": ""})  # a folder of prepared latents
+  data.synthetic = ConfigDict({"length": 100_000})  # noise, to time things
+
+  config.model = model = ConfigDict()  # DiT
+  model.patch_size = 2
+  model.update(DIT["B"])
+  model.conditioning = ("t", "h")  # which of t, h = t - r and r are embedded
+  model.time_frequencies = 256  # sinusoids of a time's embedding
+  model.positions = "sincos"  # sincos | learned
+  model.dtype = "float32"  # of computation: float32 | bfloat16; parameters are always float32
+  model.scan = True  # compile one block and loop over it
+  model.remat = "none"  # none | blocks: keep only each block's input for the backward pass
+
+  config.method = method = ConfigDict()  # MeanFlow
+  method.times = times = ConfigDict()
+  times.distribution = "logit_normal"  # logit_normal | uniform
+  times.mean, times.std = -0.4, 1.0  # of logit t (logit_normal)
+  times.r_mean, times.r_std = -0.4, 1.0  # of logit r (logit_normal)
+  times.pairing = "sorted"  # sorted: t = max, r = min | clipped: r = min(r, t)
+  times.equal_fraction = 0.75  # of rows with r = t; 1: plain flow matching
+  method.guidance = guidance = ConfigDict()  # effective scale: omega / (1 - kappa)
+  guidance.omega, guidance.kappa = 1.0, 0.0
+  guidance.t_start, guidance.t_end = 0.0, 1.0  # where in t guidance is on
+  method.label_dropout = ConfigDict()
+  method.label_dropout.rate = 0.1  # of all rows
+  method.label_dropout.droppable = "equal"  # all rows, or only those with r = t ("equal")
+  method.weight = ConfigDict({"p": 1.0, "c": 1e-2})  # w = 1 / (error + c)^p
+
+  config.optimizer = optimizer = ConfigDict()
+  optimizer.learning_rate = 1e-4
+  optimizer.schedule = "constant"  # constant | cosine: to 0 at train.steps
+  optimizer.warmup_steps = 0
+  optimizer.b1, optimizer.b2 = 0.9, 0.95  # Adam's
+  optimizer.weight_decay = 0.0  # above 0: AdamW
+  optimizer.clip_norm = 0.0  # bound on the gradient's norm; 0: none
+
+  config.ema = ConfigDict()
+  config.ema.decays = (0.9999,)  # one average for each
+  config.ema.ramp = False  # decay = min(decay, (1 + step) / (10 + step))
+
+  config.train = train = ConfigDict()
+  train.batch_size = 256  # over all devices
+  train.steps = 100_000
+  train.accumulate = 1  # microbatches per step
+  train.log_every = 100
+  train.checkpoint_every = 5_000
+  train.sample_every = 5_000  # 0: only at the end
+  train.evaluate_every = 0  # 0: only at the end
+
+  config.mesh = ConfigDict()  # devices = data x fsdp
+  config.mesh.data = -1  # -1: all that fsdp leaves
+  config.mesh.fsdp = 1  # over how many devices each parameter is spread
+
+  config.checkpoint = ConfigDict()
+  config.checkpoint.keep_latest = 2
+  config.checkpoint.keep_every = 0  # also keep every multiple of this; 0: no others
+
+  config.report = ConfigDict({"wandb_project": ""})  # "": no Weights & Biases
+
+  config.sample = sample = ConfigDict()  # --mode=sample, and the grids during training
+  sample.count = 100
+  sample.batch_size = 256  # per compiled call, over all devices
+  sample.nfe = 1  # function evaluations
+  sample.grid = ()  # times from 1 to 0; wins over nfe
+  sample.labels = "balanced"  # balanced | random | one
+  sample.label = 0  # the class of "one"
+  sample.seed = 0  # image i depends on (seed, i) alone
+  sample.ema = 0.9999  # which average of the parameters; 0: the parameters themselves
+
+  config.evaluate = ConfigDict()  # with the labels, seed and ema of `sample`
+  config.evaluate.count = 1_500  # images; 0: no evaluation
+  config.evaluate.nfe = (1, 2)  # a figure for each
+  config.evaluate.resolution = 16  # pixel features: larger images are averaged down to this
+  return config.lock()

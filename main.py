@@ -1,0 +1,42 @@
+"""The one entry point: python main.py --config=FILE --workdir=DIR [--mode=train|sample|evaluate].
+
+Any key of the config is a flag: --config.train.steps=1000.
+"""
+
+import pathlib
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from meanflow_jax import evaluate, sample, train
+from meanflow_jax.build import UserError
+from meanflow_jax.data.sources import UnreadableImageError
+from meanflow_jax.runtime.checkpoints import CheckpointError
+from meanflow_jax.runtime.reporting import NonFiniteError
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "The config, a file in configs/.")
+WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.")
+MODE = flags.DEFINE_enum("mode", "train", ["train", "sample", "evaluate"], "What to do.")
+OUT = flags.DEFINE_string("out", None, "--mode=sample: the .png or .npz to write.")
+
+
+def main(_: list[str]) -> None:
+  """Runs one mode; the user's mistakes end it with a message, no traceback."""
+  workdir = pathlib.Path(WORKDIR.value).expanduser()
+  try:
+    if MODE.value == "train":
+      train.run(CONFIG.value, workdir)
+    elif MODE.value == "evaluate":
+      evaluate.run(CONFIG.value, workdir)
+    elif OUT.value is None:
+      raise UserError("--mode=sample needs --out=FILE, a .png or .npz")
+    else:
+      sample.run(CONFIG.value, workdir, pathlib.Path(OUT.value).expanduser())
+  except (UserError, CheckpointError, NonFiniteError, UnreadableImageError) as error:
+    sys.exit("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]))
+
+
+if __name__ == "__main__":
+  flags.mark_flags_as_required(["config", "workdir"])
+  app.run(main)

@@ -1,0 +1,258 @@
+"""From the sections of a config to the objects of a run; nothing below sees a config."""
+
+import contextlib
+import pathlib
+from collections.abc import Iterator
+
+import flax.linen as nn
+import jax
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+
+from meanflow_jax.data import sources
+from meanflow_jax.data.sources import Source
+from meanflow_jax.generate import Generator, Labels
+from meanflow_jax.methods.guidance import Guidance, LabelDropout
+from meanflow_jax.methods.meanflow import AdaptiveWeight, MeanFlow
+from meanflow_jax.methods.sampler import time_grid
+from meanflow_jax.methods.time_sampling import LogitNormal, TimePairs, Uniform
+from meanflow_jax.models.dit import DiT
+from meanflow_jax.runtime.checkpoints import CheckpointError, Checkpoints
+from meanflow_jax.runtime.mesh import abstract, constrain_rows, make_mesh, parameter_shardings
+from meanflow_jax.train_step import Averages, TrainStep, init_params, item_name, make_optimizer
+
+
+class UserError(Exception):
+  """A mistake in a config, a command or the data, worded for the user."""
+
+
+@contextlib.contextmanager
+def explaining_mistakes() -> Iterator[None]:
+  """What constructors refuse is the user's to mend, and needs no traceback."""
+  try:
+    yield
+  except (ValueError, FileNotFoundError, ModuleNotFoundError, CheckpointError) as error:
+    raise UserError(str(error)) from error
+
+
+def mesh(config: ConfigDict) -> Mesh:
+  """The devices of `config.mesh`."""
+  return make_mesh(**config.mesh)
+
+
+def image_shape(config: ConfigDict) -> tuple[int, int, int]:
+  """Height, width and channels of what the model sees."""
+  return config.data.image_size, config.data.image_size, config.data.channels
+
+
+def source(config: ConfigDict) -> Source:
+  """The examples of `config.data`.
+
+  Raises:
+    ValueError: an unknown source, or images or classes other than the config says.
+  """
+  data = config.data
+  size = {"image_size": data.image_size, "channels": data.channels}
+  make = {
+    "digits": lambda: sources.Digits(**data.digits),
+    "folder": lambda: sources.Folder(**data.folder, **size),
+    "tfds": lambda: sources.Tfds(**data.tfds, **size),
+    "synthetic": lambda: sources.Synthetic(
+      **data.synthetic, **size, num_classes=max(1, data.num_classes), seed=config.seed
+    ),
+  }
+  if data.source not in make:
+    raise ValueError(f"data.source must be one of {sorted(make)}, got {data.source!r}")
+  made = make[data.source]()
+  _check_source(made, config)
+  return made
+
+
+def _check_source(made: Source, config: ConfigDict) -> None:
+  classes, shape = config.data.num_classes, made[0]["image"].shape
+  if shape != image_shape(config):
+    raise ValueError(
+      f"the images of {config.data.source!r} are {shape}, but data.image_size and data.channels "
+      f"say {image_shape(config)}"
+    )
+  if classes not in (0, made.num_classes):
+    raise ValueError(
+      f"{config.data.source!r} has {made.num_classes} classes, but data.num_classes is {classes}: "
+      f"set --config.data.num_classes={made.num_classes}, or 0 to ignore labels"
+    )
+
+
+def network(config: ConfigDict, mesh: Mesh) -> nn.Module:
+  """The network of `config.model`.
+
+  Raises:
+    ValueError: if the image does not divide into patches, or the model's sizes do not fit.
+  """
+  if config.data.image_size % config.model.patch_size:
+    raise ValueError(
+      f"data.image_size {config.data.image_size} is not divisible by model.patch_size "
+      f"{config.model.patch_size}"
+    )
+  return DiT(
+    **config.model, num_classes=config.data.num_classes, constrain=constrain_rows(mesh)
+  )
+
+
+def method(config: ConfigDict) -> MeanFlow:
+  """The method of `config.method`.
+
+  Raises:
+    ValueError: an impossible setting, or guidance of an unconditional model.
+  """
+  settings = config.method
+  made = MeanFlow(
+    times=_times(**settings.times),
+    guidance=Guidance(**settings.guidance),
+    label_dropout=LabelDropout(**settings.label_dropout),
+    weight=AdaptiveWeight(**settings.weight),
+    null_label=config.data.num_classes,
+  )
+  if not config.data.num_classes and (made.guidance.is_on or made.label_dropout.rate):
+    raise ValueError(
+      "an unconditional model (data.num_classes = 0) takes no guidance and drops no labels: set "
+      "method.guidance.omega to 1, method.guidance.kappa and method.label_dropout.rate to 0"
+    )
+  return made
+
+
+def _times(
+  *,
+  distribution: str,
+  mean: float,
+  std: float,
+  r_mean: float,
+  r_std: float,
+  pairing: str,
+  equal_fraction: float,
+) -> TimePairs:
+  samplers = {
+    "logit_normal": lambda: (LogitNormal(mean, std), LogitNormal(r_mean, r_std)),
+    "uniform": lambda: (Uniform(), Uniform()),
+  }
+  if distribution not in samplers:
+    raise ValueError(
+      f"method.times.distribution must be one of {sorted(samplers)}, got {distribution!r}"
+    )
+  t, r = samplers[distribution]()
+  return TimePairs(t=t, r=r, pairing=pairing, equal_fraction=equal_fraction)
+
+
+def train_step(config: ConfigDict, network: nn.Module, method: MeanFlow, mesh: Mesh) -> TrainStep:
+  """The step of `config.train`, `optimizer` and `ema`.
+
+  Raises:
+    ValueError: an impossible setting, or a batch that does not divide.
+  """
+  _check_batch(config.train.batch_size, config.train.accumulate, mesh.size, method)
+  optimizer, learning_rate = make_optimizer(**config.optimizer, total_steps=config.train.steps)
+  return TrainStep(
+    network=network,
+    method=method,
+    optimizer=optimizer,
+    learning_rate=learning_rate,
+    averages=Averages(**config.ema),
+    accumulate=config.train.accumulate,
+    seed=config.seed,
+  )
+
+
+def _check_batch(batch_size: int, accumulate: int, devices: int, method: MeanFlow) -> None:
+  group = method.times.rows.size
+  unit = devices * accumulate * group
+  if batch_size < 1 or accumulate < 1 or batch_size % unit:
+    raise ValueError(
+      f"train.batch_size {batch_size} is not divisible by {unit}: {devices} devices x "
+      f"train.accumulate {accumulate} x groups of {group} rows "
+      f"(method.times.equal_fraction {method.times.equal_fraction}); the nearest that are: "
+      f"{max(1, batch_size // unit) * unit}, {(max(1, batch_size // unit) + 1) * unit}"
+    )
+
+
+def grid(config: ConfigDict) -> tuple[float, ...]:
+  """The time grid of `config.sample`."""
+  return time_grid(config.sample.nfe, config.sample.grid)
+
+
+def generator(
+  config: ConfigDict, network: nn.Module, method: MeanFlow, mesh: Mesh, grid: tuple[float, ...]
+) -> Generator:
+  """Images by `config.sample`, on a time grid.
+
+  Raises:
+    ValueError: an impossible setting.
+  """
+  settings = config.sample
+  if settings.count < 1:
+    raise ValueError(f"sample.count must be at least 1, got {settings.count}")
+  return Generator(
+    network=network,
+    step=method.step,
+    grid=grid,
+    image_shape=image_shape(config),
+    labels=Labels(settings.labels, settings.label, config.data.num_classes),
+    seed=settings.seed,
+    batch_size=settings.batch_size,
+    mesh=mesh,
+  )
+
+
+def ema_item(config: ConfigDict) -> str:
+  """Under which name a checkpoint holds the parameters of `config.sample.ema`.
+
+  Raises:
+    ValueError: if there is no such average.
+  """
+  if config.sample.ema and config.sample.ema not in config.ema.decays:
+    raise ValueError(
+      f"sample.ema {config.sample.ema} is none of ema.decays {tuple(config.ema.decays)}; "
+      "0 takes the parameters themselves"
+    )
+  return item_name(config.sample.ema)
+
+
+def identity(config: ConfigDict) -> dict[str, dict[str, object]]:
+  """The keys that shape the parameters: a checkpoint must agree with them."""
+  model = config.model.to_dict()
+  for free in ("dtype", "scan", "remat"):
+    del model[free]
+  data = {key: config.data[key] for key in ("image_size", "channels", "num_classes")}
+  return {"model": model, "data": data}
+
+
+def checkpoints(config: ConfigDict, workdir: pathlib.Path, *, read_only: bool) -> Checkpoints:
+  """The checkpoints of a workdir."""
+  settings = config.checkpoint
+  return Checkpoints(
+    workdir / "checkpoints",
+    keep_latest=settings.keep_latest,
+    keep_every=settings.keep_every or None,
+    read_only=read_only,
+  )
+
+
+def trained_params(
+  config: ConfigDict, workdir: pathlib.Path, network: nn.Module, mesh: Mesh
+) -> tuple[int, PyTree]:
+  """The step of the newest checkpoint and its parameters of `config.sample.ema`, spread by fsdp.
+
+  Raises:
+    FileNotFoundError: there is no checkpoint.
+    CheckpointError: there is one of another network, or a damaged one alone.
+  """
+  item = ema_item(config)
+  shapes = jax.eval_shape(lambda: init_params(network, config.seed, image_shape(config)))
+  if not (workdir / "checkpoints").is_dir():
+    raise FileNotFoundError(f"no checkpoint in {workdir / 'checkpoints'}: train first")
+  with checkpoints(config, workdir, read_only=True) as saved:
+    targets = {item: abstract(shapes, parameter_shardings(mesh, shapes))}
+    restored = saved.restore(targets, identity=identity(config))
+  if restored is None:
+    raise FileNotFoundError(f"no checkpoint in {workdir / 'checkpoints'}: train first")
+  step, items = restored
+  return step, items[item]

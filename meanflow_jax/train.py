@@ -1,0 +1,268 @@
+"""Trains: builds the parts of a run, restores the newest checkpoint, then loops over steps."""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from typing import NoReturn
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+
+from meanflow_jax import build, evaluate, sample
+from meanflow_jax.data.loader import batches
+from meanflow_jax.data.sources import Source
+from meanflow_jax.evaluate import Evaluator
+from meanflow_jax.generate import Generator
+from meanflow_jax.runtime.checkpoints import Checkpoints
+from meanflow_jax.runtime.images import grid, save_png
+from meanflow_jax.runtime.interrupts import StopRequest
+from meanflow_jax.runtime.mesh import abstract, global_batch, local_rows, replicated
+from meanflow_jax.runtime.reporting import NonFiniteError, Report, Writer, open_writer
+from meanflow_jax.train_step import (
+  Batch,
+  Metrics,
+  TrainState,
+  TrainStep,
+  from_items,
+  state_shardings,
+  to_items,
+)
+
+
+def run(config: ConfigDict, workdir: pathlib.Path) -> None:
+  """Trains to `config.train.steps`, from the newest checkpoint in `workdir` if there is one.
+
+  Raises:
+    UserError: a mistake in the config or the data, or a workdir that is not this run's.
+    CheckpointError: a checkpoint of another network, or one that could not be written.
+    NonFiniteError: a step's loss or gradient is NaN or infinite.
+    SystemExit: SIGINT or SIGTERM came, and the state is saved.
+  """
+  with build.explaining_mistakes():
+    mesh = build.mesh(config)
+    method = build.method(config)
+    network = build.network(config, mesh)
+    train_step = build.train_step(config, network, method, mesh)
+    generator = build.generator(config, network, method, mesh, build.grid(config))
+    shown = build.ema_item(config)
+    source = build.source(config)
+    evaluator = evaluate.make_evaluator(config, network, method, mesh, source)
+    claim(workdir)
+
+  every, last = config.train, config.train.steps
+  with build.checkpoints(config, workdir, read_only=False) as checkpoints, StopRequest() as stop:
+    state = restore_or_init(config, train_step, mesh, checkpoints)
+    first = int(state.step)
+    announce(config, state, mesh)
+    report = make_report(config, workdir, first)
+    outputs = Outputs(config, workdir, checkpoints, report, generator, evaluator, shown)
+    advance = compiled(train_step, mesh, config)
+    due = lambda cadence: cadence and step % cadence == 0 and step != last
+    with diagnosing(config, source, mesh, workdir):
+      for step, batch in zip(
+        range(first + 1, last + 1), device_batches(config, source, mesh, first), strict=False
+      ):
+        state, metrics = advance(state, batch)
+        report.push(step, metrics)
+        if stop.signal or due(every.checkpoint_every):
+          outputs.save(step, state)
+        if stop.signal:
+          outputs.leave(step, stop)
+        if due(every.sample_every):
+          outputs.show(step, state)
+        if due(every.evaluate_every):
+          outputs.measure(step, state)
+      outputs.save(last, state)
+    outputs.show(last, state)
+    outputs.measure(last, state)
+    outputs.announce_end(last)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+  """What a run leaves behind at a step; the clock of its report stands still meanwhile.
+
+  Attributes:
+    config, workdir: of the run.
+    checkpoints, report: where states and metrics go.
+    generator, evaluator: of the grids and of the figures.
+    shown: the item of the checkpoint whose parameters they take.
+  """
+
+  config: ConfigDict
+  workdir: pathlib.Path
+  checkpoints: Checkpoints
+  report: Report
+  generator: Generator
+  evaluator: Evaluator
+  shown: str
+
+  def save(self, step: int, state: TrainState) -> None:
+    """Starts to write a checkpoint, of a state that is known to be finite."""
+    with self.report.paused():
+      self.checkpoints.save(step, to_items(state), self.config.to_dict())
+
+  def show(self, step: int, state: TrainState) -> None:
+    """Writes a grid of images."""
+    with self.report.paused():
+      params = to_items(state)[self.shown]
+      images, labels = sample.draw(self.generator, params, self.config.sample.count)
+      if jax.process_index() == 0:
+        picture = grid(images, labels)
+        save_png(self.grid_path(step), picture)
+        self.report.writer.write_images(step, {"samples": picture[None]})
+
+  def measure(self, step: int, state: TrainState) -> None:
+    """Computes and stores the figures."""
+    if not self.config.evaluate.count:
+      return
+    with self.report.paused():
+      figures = self.evaluator(to_items(state)[self.shown])
+      if jax.process_index() == 0:
+        evaluate.write_figures(self.workdir, step, figures)
+      self.report.writer.write_scalars(step, figures)
+
+  def leave(self, step: int, stop: StopRequest) -> NoReturn:
+    """Ends the process once the checkpoint is on disk."""
+    self.checkpoints.wait()
+    print(f"{stop.signal.name}: stopped and saved at step {step}; to resume, run again:")
+    print(f"  python {shlex.join(sys.argv)}", flush=True)
+    raise SystemExit(stop.exit_status)
+
+  def announce_end(self, step: int) -> None:
+    """Waits for the last checkpoint and says where everything is."""
+    self.checkpoints.wait()
+    self.report.writer.flush()
+    print(
+      f"done: {step} steps. checkpoints, samples, figures, metrics.jsonl and tensorboard are in "
+      f"{self.workdir}; the final grid is {self.grid_path(step)}"
+    )
+
+  def grid_path(self, step: int) -> pathlib.Path:
+    """Where the grid of a step lies."""
+    return self.workdir / "samples" / f"step_{step:07d}.png"
+
+
+def claim(workdir: pathlib.Path) -> None:
+  """Makes the run's folders.
+
+  Raises:
+    ValueError: if the folder holds a config.json that is not of this project.
+  """
+  path = workdir / "config.json"
+  if path.exists() and not {"model", "method", "train"} <= json.loads(path.read_text()).keys():
+    raise ValueError(f"{path} is not a config of this project; choose another --workdir")
+  (workdir / "samples").mkdir(parents=True, exist_ok=True)
+
+
+def restore_or_init(
+  config: ConfigDict, train_step: TrainStep, mesh: Mesh, checkpoints: Checkpoints
+) -> TrainState:
+  """The newest state on disk, or a new one; either way made where it belongs."""
+  init = lambda: train_step.init(build.image_shape(config))
+  shapes = jax.eval_shape(init)
+  shardings = state_shardings(mesh, shapes)
+  targets = to_items(abstract(shapes, shardings))
+  restored = checkpoints.restore(targets, identity=build.identity(config))
+  if restored is None:
+    return jax.jit(init, out_shardings=shardings)()
+  step, items = restored
+  return from_items(items, jax.device_put(np.int32(step), replicated(mesh)))
+
+
+def compiled(
+  train_step: TrainStep, mesh: Mesh, config: ConfigDict
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+  """The step, its state donated; transfers that nobody meant raise."""
+  shapes = jax.eval_shape(lambda: train_step.init(build.image_shape(config)))
+  shardings = state_shardings(mesh, shapes), replicated(mesh)
+  step = jax.jit(train_step, donate_argnums=0, out_shardings=shardings)
+
+  def advance(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    with jax.transfer_guard("disallow"):
+      return step(state, batch)
+
+  return advance
+
+
+def host_batches(
+  config: ConfigDict, source: Source, mesh: Mesh, first_step: int
+) -> Iterator[dict[str, np.ndarray]]:
+  """This host's rows of the batches that follow `first_step` steps."""
+  data, batch_size = config.data, config.train.batch_size
+  return batches(
+    source,
+    batch_size=batch_size,
+    rows=local_rows(mesh, batch_size),
+    seed=config.seed,
+    flip=data.flip,
+    first_step=first_step,
+    num_threads=data.threads,
+    prefetch=data.prefetch,
+  )
+
+
+def device_batches(
+  config: ConfigDict, source: Source, mesh: Mesh, first_step: int
+) -> Iterator[Batch]:
+  """The batches that follow `first_step` steps, on the devices."""
+  for batch in host_batches(config, source, mesh, first_step):
+    yield global_batch(mesh, batch)
+
+
+def announce(config: ConfigDict, state: TrainState, mesh: Mesh) -> None:
+  """Says what is going to run."""
+  size = sum(x.size for x in jax.tree.leaves(state.params))
+  print(
+    f"{size / 1e6:.2f}M parameters on {mesh.size} {jax.default_backend()} device(s), "
+    f"batch {config.train.batch_size}, steps {int(state.step)} to {config.train.steps}",
+    flush=True,
+  )
+
+
+def make_report(config: ConfigDict, workdir: pathlib.Path, first_step: int) -> Report:
+  """The writers of this process (the first one alone writes) behind a report."""
+  with build.explaining_mistakes():
+    writer = open_writer(
+      workdir, config.to_dict(), first_step, config.train.steps, **config.report
+    )
+  return Report(
+    writer,
+    every=config.train.log_every,
+    first_step=first_step,
+    total_steps=config.train.steps,
+    batch_size=config.train.batch_size,
+  )
+
+
+@contextlib.contextmanager
+def diagnosing(
+  config: ConfigDict, source: Source, mesh: Mesh, workdir: pathlib.Path
+) -> Iterator[None]:
+  """Writes down what reproduces a step that was not finite, and raises.
+
+  The batch and all draws are functions of (seed, step), and the checkpoints before it are good:
+  resuming from the last one leads to the same step.
+  """
+  try:
+    yield
+  except NonFiniteError as error:
+    batch = next(host_batches(config, source, mesh, error.step - 1))
+    folder = workdir / f"nonfinite_step_{error.step:07d}"
+    folder.mkdir(exist_ok=True)
+    np.savez(folder / f"batch_of_process_{jax.process_index()}.npz", **batch)
+    facts = {"step": error.step, "not_finite": error.names, "config": config.to_dict()}
+    facts["metrics"] = {name: str(value) for name, value in error.scalars.items()}
+    (folder / "step.json").write_text(json.dumps(facts, indent=2))
+    error.add_note(
+      f"the checkpoints before it are intact; its batch and metrics are in {folder}, and running "
+      "the same command again leads to the same step from the last checkpoint"
+    )
+    raise
