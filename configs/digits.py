@@ -1,6 +1,6 @@
 """Class-conditional digits, 8x8: real samples in minutes on a laptop's CPU.
 
-  python main.py --config=configs/digits.py --workdir=runs/digits
+python main.py --config=configs/digits.py --workdir=runs/digits
 """
 
 from ml_collections import ConfigDict

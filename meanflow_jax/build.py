@@ -94,9 +94,7 @@ def network(config: ConfigDict, mesh: Mesh) -> nn.Module:
       f"data.image_size {config.data.image_size} is not divisible by model.patch_size "
       f"{config.model.patch_size}"
     )
-  return DiT(
-    **config.model, num_classes=config.data.num_classes, constrain=constrain_rows(mesh)
-  )
+  return DiT(**config.model, num_classes=config.data.num_classes, constrain=constrain_rows(mesh))
 
 
 def method(config: ConfigDict) -> MeanFlow:

@@ -230,9 +230,7 @@ def announce(config: ConfigDict, state: TrainState, mesh: Mesh) -> None:
 def make_report(config: ConfigDict, workdir: pathlib.Path, first_step: int) -> Report:
   """The writers of this process (the first one alone writes) behind a report."""
   with build.explaining_mistakes():
-    writer = open_writer(
-      workdir, config.to_dict(), first_step, config.train.steps, **config.report
-    )
+    writer = open_writer(workdir, config.to_dict(), first_step, config.train.steps, **config.report)
   return Report(
     writer,
     every=config.train.log_every,

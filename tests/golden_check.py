@@ -165,20 +165,26 @@ def check_meanflow(golden: Golden, meta: dict[str, Any]) -> Iterator[Comparison]
   def velocity_fn(params: dict[str, Any]) -> VelocityFn:
     return lambda z, r, t, y: network.apply({"params": params}, z, t, t - r, y)
 
-  z = x + (e - x) * t[:, None, None, None]
-  u_equal = rows.split(velocity_fn(params)(z, t, t, y))[0]
-  v_g = method.guided_velocity(velocity_fn(params), z, e - x, y, draws, u_equal)
-  y_in = jnp.where(dropped, method.null_label, y)
-  u, du_dt = velocity_and_derivative(velocity_fn(params), z, r, t, y_in, v_g)
-  for name, ours in {"z": z, "v_g": v_g, "u": u, "du_dt": du_dt}.items():
-    yield name, ungroup(ours), golden[name]
+  @jax.jit
+  def ours(params: dict[str, Any]) -> dict[str, Any]:
+    velocity = velocity_fn(params)
+    z = x + (e - x) * t[:, None, None, None]
+    u_equal = rows.split(velocity(z, t, t, y))[0]
+    v_g = method.guided_velocity(velocity, z, e - x, y, draws, u_equal)
+    y_in = jnp.where(dropped, method.null_label, y)
+    u, du_dt = velocity_and_derivative(velocity, z, r, t, y_in, v_g)
+    samples = {
+      "sample_1step": sample(method.step, velocity, e, y, (1, 0)),
+      "sample_2step": sample(method.step, velocity, e, y, (1, 0.5, 0)),
+    }
+    return {"z": z, "v_g": v_g, "u": u, "du_dt": du_dt, **samples}
 
+  for name, rows_of_ours in ours(params).items():
+    yield name, ungroup(rows_of_ours), golden[name]
   loss_fn = lambda params: method.objective(velocity_fn(params), x, y, draws)[0]
-  loss, grads = jax.value_and_grad(loss_fn)(params)
+  loss, grads = jax.jit(jax.value_and_grad(loss_fn))(params)
   yield "loss", loss, golden["loss"]
   yield from compare_trees("grad", grads, reference_grads)
-  for name, grid in {"sample_1step": (1, 0), "sample_2step": (1, 0.5, 0)}.items():
-    yield name, ungroup(sample(method.step, velocity_fn(params), e, y, grid)), golden[name]
 
 
 def compare_trees(label: str, ours: Any, reference: Any) -> Iterator[Comparison]:

@@ -14,6 +14,8 @@ from meanflow_jax.methods.guidance import Guidance, LabelDropout
 from meanflow_jax.methods.row_groups import RowGroups
 from meanflow_jax.methods.time_sampling import TimePairs
 
+EqualRows = Float[Array, "A H W C"]  # images of the A rows with r = t alone
+
 
 class Draws(flax.struct.PyTreeNode):
   """All randomness of one step.
@@ -145,7 +147,7 @@ class MeanFlow:
     return self.objective(velocity_fn, x, y, self.draw(key, x, y))
 
   def guided_velocity(
-    self, velocity_fn: VelocityFn, z: Image, v: Image, y: Label, draws: Draws, u_equal: Image
+    self, velocity_fn: VelocityFn, z: Image, v: Image, y: Label, draws: Draws, u_equal: EqualRows
   ) -> Image:
     """The guided target velocity of each row (eq. 19), without gradient.
 
@@ -163,7 +165,7 @@ class MeanFlow:
     return jnp.where(per_row(draws.dropped), v, self.guidance(v, v_c, v_u, draws.t))
 
   def _guidance_velocities(
-    self, velocity_fn: VelocityFn, z: Image, y: Label, draws: Draws, u_equal: Image
+    self, velocity_fn: VelocityFn, z: Image, y: Label, draws: Draws, u_equal: EqualRows
   ) -> tuple[Image, Image]:
     """u(z, t, t | y) and u(z, t, t | null), zeros where guidance does not ask for one.
 

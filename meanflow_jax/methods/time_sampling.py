@@ -1,7 +1,7 @@
 """Distributions of the two times r <= t of a training row."""
 
 import dataclasses
-from typing import Protocol
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +11,8 @@ from meanflow_jax.methods.row_groups import RowGroups
 
 PAIRINGS = ("sorted", "clipped")
 
-
-class TimeSampler(Protocol):
-  """Draws a batch of times in [0, 1]."""
-
-  def __call__(self, key: PRNGKey, batch: int) -> Time:
-    """Draws `batch` times."""
+# Draws a batch of so many times in [0, 1].
+TimeSampler = Callable[[PRNGKey, int], Time]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -155,7 +155,7 @@ class DiT(nn.Module):
       positions = self.param("positions", nn.initializers.normal(0.02), shape)
     else:
       positions = sincos_positions(rows, columns, self.width)
-    return x + jnp.asarray(positions, self.dtype)
+    return x + jnp.asarray(positions, self.dtype)[None]
 
   def _transform(self, x: Tokens, condition: Condition) -> Tokens:
     block = nn.remat(Block, prevent_cse=not self.scan) if self.remat == "blocks" else Block

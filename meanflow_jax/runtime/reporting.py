@@ -7,7 +7,7 @@ import os
 import pathlib
 import time
 from collections.abc import Container, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -17,6 +17,7 @@ from jaxtyping import Array
 Scalars = Mapping[str, float]
 
 
+@runtime_checkable
 class Writer(Protocol):
   """The part of clu's `MetricWriter` that we use."""
 
