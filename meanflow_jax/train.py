@@ -12,7 +12,6 @@ from typing import NoReturn
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from meanflow_jax import build, evaluate, sample
@@ -24,7 +23,7 @@ from meanflow_jax.runtime.checkpoints import Checkpoints
 from meanflow_jax.runtime.images import grid, save_png
 from meanflow_jax.runtime.interrupts import StopRequest
 from meanflow_jax.runtime.mesh import abstract, global_batch, local_rows, replicated
-from meanflow_jax.runtime.reporting import NonFiniteError, Report, Writer, open_writer
+from meanflow_jax.runtime.reporting import NonFiniteError, Report, open_writer
 from meanflow_jax.train_step import (
   Batch,
   Metrics,

@@ -2,8 +2,6 @@
 
 import dataclasses
 import enum
-from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import flax.struct
