@@ -22,9 +22,8 @@ def get_config() -> ConfigDict:
   config.seed = 0  # of parameters, batches and draws
 
   config.data = data = ConfigDict()
-  data.source = (
-    "digits"  # digits | folder | tfds | latents | synthetic: which section below is read
-  )
+  # digits | folder | tfds | latents | synthetic: which of the sections below is read
+  data.source = "digits"
   data.image_size = 8  # height and width that the model sees
   data.channels = 1
   data.num_classes = 10  # 0: unconditional, labels are ignored

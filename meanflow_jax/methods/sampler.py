@@ -1,5 +1,6 @@
 """Sampling on a grid of times: one function evaluation per step."""
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -20,7 +21,7 @@ def time_grid(nfe: int, grid: Sequence[float] = ()) -> tuple[float, ...]:
     if nfe < 1:
       raise ValueError(f"sampling takes at least one function evaluation, got nfe = {nfe}")
     return tuple(1 - k / nfe for k in range(nfe + 1))
-  decreasing = all(a > b for a, b in zip(grid, grid[1:], strict=False))
+  decreasing = all(a > b for a, b in itertools.pairwise(grid))
   if len(grid) < 2 or grid[0] != 1 or grid[-1] != 0 or not decreasing:
     raise ValueError(f"a time grid must decrease strictly from 1 to 0, got {tuple(grid)}")
   return tuple(float(t) for t in grid)
