@@ -12,7 +12,7 @@ def get_config() -> ConfigDict:
   """The preset."""
   config = base.get_config()
   config.model.update(patch_size=2, depth=4, width=96, num_heads=3)
-  config.model.update(positions="learned", time_frequencies=64)
+  config.model.update(positions="learned", time_frequencies=64, scan=False)
   config.method.times.equal_fraction = 0.5
   config.method.guidance.omega = 1.5
   config.method.weight.c = 1e-3

@@ -3,6 +3,7 @@
 import contextlib
 import pathlib
 from collections.abc import Iterator
+from typing import NoReturn
 
 import flax.linen as nn
 import jax
@@ -58,6 +59,7 @@ def source(config: ConfigDict) -> Source:
     "digits": lambda: sources.Digits(**data.digits),
     "folder": lambda: sources.Folder(**data.folder, **size),
     "tfds": lambda: sources.Tfds(**data.tfds, **size),
+    "latents": lambda: _latents(**data.latents),
     "synthetic": lambda: sources.Synthetic(
       **data.synthetic, **size, num_classes=max(1, data.num_classes), seed=config.seed
     ),
@@ -67,6 +69,10 @@ def source(config: ConfigDict) -> Source:
   made = make[data.source]()
   _check_source(made, config)
   return made
+
+
+def _latents(path: str) -> NoReturn:
+  raise ValueError(f"prepared latents cannot be read yet (data.latents.path {path!r})")
 
 
 def _check_source(made: Source, config: ConfigDict) -> None:

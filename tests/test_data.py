@@ -377,7 +377,7 @@ def test_a_folder_of_nothing_readable_is_an_error_even_when_skipping(tmp_path: P
     folder(tmp_path, skip_unreadable=True)[0]
 
 
-def open_tfds(name: str, data_dir: str | None = None, split: str = "train") -> sources.Tfds:
+def open_tfds(name: str, data_dir: str = "", split: str = "train") -> sources.Tfds:
   return sources.Tfds(name=name, split=split, data_dir=data_dir, image_size=16, channels=3)
 
 

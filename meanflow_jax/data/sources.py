@@ -67,7 +67,7 @@ class Tfds:
   Args:
     name: as TFDS spells it: "cifar10", "imagenet2012:5.1.0", ...
     split: as TFDS spells it: "train", "train[:10%]", ...
-    data_dir: the folder of prepared datasets; None is TFDS' own default.
+    data_dir: the folder of prepared datasets; "" is TFDS' own default.
     image_size: height and width of the centre crop, in pixels.
     channels: 1 (grey) or 3 (RGB).
 
@@ -77,12 +77,12 @@ class Tfds:
   """
 
   def __init__(
-    self, *, name: str, split: str, data_dir: str | None, image_size: int, channels: int
+    self, *, name: str, split: str, data_dir: str, image_size: int, channels: int
   ):
     import tensorflow_datasets as tfds
 
     try:
-      self._records = tfds.builder(name, data_dir=data_dir).as_data_source(split)
+      self._records = tfds.builder(name, data_dir=data_dir or None).as_data_source(split)
     except (tfds.core.DatasetNotFoundError, NotImplementedError) as error:
       raise FileNotFoundError(_not_prepared(name, data_dir)) from error
     features = self._records.dataset_info.features
@@ -114,11 +114,11 @@ def _open(stored: bytes | np.ndarray) -> Image.Image:
   return Image.fromarray(stored[:, :, 0] if stored.shape[2] == 1 else stored)
 
 
-def _not_prepared(name: str, data_dir: str | None) -> str:
+def _not_prepared(name: str, data_dir: str) -> str:
   folder = data_dir or "the default folder of TFDS ($TFDS_DATA_DIR or ~/tensorflow_datasets)"
   return (
     f"{name} is not prepared for random access in {folder}. Prepare it once, where TensorFlow is "
-    f"installed: tfds.builder({name!r}, data_dir={data_dir!r}, file_format='array_record')"
+    f"installed: tfds.builder({name!r}, data_dir={data_dir or None!r}, file_format='array_record')"
     ".download_and_prepare(). A folder that holds it as TFRecord files cannot take both."
   )
 

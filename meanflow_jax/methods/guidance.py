@@ -14,10 +14,10 @@ DROPPABLE_ROWS = ("all", "equal")
 
 @dataclasses.dataclass(frozen=True)
 class Guidance:
-  """The guided velocity  omega v + kappa u(y) + (1 - omega - kappa) u(null)  (eq. 19-21).
+  """The guided velocity  omega v + kappa u(y) + (1 - omega - kappa) u(null).
 
   It holds for t in [t_start, t_end]; outside, omega = 1 and kappa = 0. The effective guidance
-  scale is omega / (1 - kappa).
+  scale is omega / (1 - kappa); with kappa = 0 this is eq. 19 of the paper.
   """
 
   omega: float

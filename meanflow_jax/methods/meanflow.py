@@ -149,7 +149,7 @@ class MeanFlow:
   def guided_velocity(
     self, velocity_fn: VelocityFn, z: Image, v: Image, y: Label, draws: Draws, u_equal: EqualRows
   ) -> Image:
-    """The guided target velocity of each row (eq. 19), without gradient.
+    """The guided target velocity of each row, without gradient (section 4.2).
 
     Args:
       velocity_fn: the network.
