@@ -157,6 +157,7 @@ def train_step(config: ConfigDict, network: nn.Module, method: MeanFlow, mesh: M
   optimizer, learning_rate = make_optimizer(**config.optimizer, total_steps=config.train.steps)
   return TrainStep(
     network=network,
+    image_shape=image_shape(config),
     method=method,
     optimizer=optimizer,
     learning_rate=learning_rate,

@@ -6,7 +6,7 @@ import json
 import pathlib
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NoReturn
 
 import jax
@@ -22,15 +22,13 @@ from meanflow_jax.generate import Generator
 from meanflow_jax.runtime.checkpoints import Checkpoints
 from meanflow_jax.runtime.images import grid, save_png
 from meanflow_jax.runtime.interrupts import StopRequest
-from meanflow_jax.runtime.mesh import abstract, global_batch, local_rows, replicated
+from meanflow_jax.runtime.mesh import global_batch, local_rows, replicated
 from meanflow_jax.runtime.reporting import NonFiniteError, Report, open_writer
 from meanflow_jax.train_step import (
   Batch,
-  Metrics,
   TrainState,
   TrainStep,
   from_items,
-  state_shardings,
   to_items,
 )
 
@@ -62,13 +60,14 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     announce(config, state, mesh)
     report = make_report(config, workdir, first)
     outputs = Outputs(config, workdir, checkpoints, report, generator, evaluator, shown)
-    advance = compiled(train_step, mesh, config)
+    advance = train_step.jitted(mesh)
     due = lambda cadence: cadence and step % cadence == 0 and step != last
     with diagnosing(config, source, mesh, workdir):
       for step, batch in zip(
         range(first + 1, last + 1), device_batches(config, source, mesh, first), strict=False
       ):
-        state, metrics = advance(state, batch)
+        with jax.transfer_guard("disallow"):
+          state, metrics = advance(state, batch)
         report.push(step, metrics)
         if stop.signal or due(every.checkpoint_every):
           outputs.save(step, state)
@@ -164,31 +163,13 @@ def claim(workdir: pathlib.Path) -> None:
 def restore_or_init(
   config: ConfigDict, train_step: TrainStep, mesh: Mesh, checkpoints: Checkpoints
 ) -> TrainState:
-  """The newest state on disk, or a new one; either way made where it belongs."""
-  init = lambda: train_step.init(build.image_shape(config))
-  shapes = jax.eval_shape(init)
-  shardings = state_shardings(mesh, shapes)
-  targets = to_items(abstract(shapes, shardings))
+  """The newest state on disk, or a new one."""
+  targets = to_items(train_step.abstract_state(mesh))
   restored = checkpoints.restore(targets, identity=build.identity(config))
   if restored is None:
-    return jax.jit(init, out_shardings=shardings)()
+    return train_step.new_state(mesh)
   step, items = restored
   return from_items(items, jax.device_put(np.int32(step), replicated(mesh)))
-
-
-def compiled(
-  train_step: TrainStep, mesh: Mesh, config: ConfigDict
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-  """The step, its state donated; transfers that nobody meant raise."""
-  shapes = jax.eval_shape(lambda: train_step.init(build.image_shape(config)))
-  shardings = state_shardings(mesh, shapes), replicated(mesh)
-  step = jax.jit(train_step, donate_argnums=0, out_shardings=shardings)
-
-  def advance(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-    with jax.transfer_guard("disallow"):
-      return step(state, batch)
-
-  return advance
 
 
 def host_batches(

@@ -14,7 +14,7 @@ from jaxtyping import Array, Int, PyTree
 from meanflow_jax.arrays import Image, Label, PRNGKey, Scalar, VelocityFn
 from meanflow_jax.methods.meanflow import Draws, MeanFlow
 from meanflow_jax.methods.row_groups import RowGroups
-from meanflow_jax.runtime.mesh import parameter_shardings
+from meanflow_jax.runtime.mesh import abstract, parameter_shardings, replicated, shardings_of
 
 SCHEDULES = ("constant", "cosine")
 
@@ -43,11 +43,6 @@ class TrainState(flax.struct.PyTreeNode):
   params: PyTree
   ema: dict[str, PyTree]
   opt_state: PyTree
-
-
-def state_shardings(mesh: Mesh, shapes: TrainState) -> TrainState:
-  """Where each array of a state lies: optimizer and averages like their parameters."""
-  return parameter_shardings(mesh, shapes)
 
 
 def item_name(decay: float) -> str:
@@ -127,6 +122,7 @@ class TrainStep:
 
   Attributes:
     network: the Flax module of the average velocity.
+    image_shape: [H, W, C] of what it sees.
     method: draws and objective.
     optimizer: gradient transformation.
     learning_rate: its schedule, for the metrics.
@@ -136,6 +132,7 @@ class TrainStep:
   """
 
   network: nn.Module
+  image_shape: tuple[int, ...]
   method: MeanFlow
   optimizer: optax.GradientTransformation
   learning_rate: optax.Schedule
@@ -143,9 +140,9 @@ class TrainStep:
   accumulate: int
   seed: int
 
-  def init(self, image_shape: tuple[int, ...]) -> TrainState:
-    """The state before the first step, for images [H, W, C]."""
-    params = init_params(self.network, self.seed, image_shape)
+  def init(self) -> TrainState:
+    """The state before the first step."""
+    params = init_params(self.network, self.seed, self.image_shape)
     return TrainState(
       step=jnp.zeros((), jnp.int32),
       params=params,
@@ -173,6 +170,20 @@ class TrainStep:
       opt_state=opt_state,
     )
     return state, metrics
+
+  def abstract_state(self, mesh: Mesh) -> TrainState:
+    """The shapes of a state, and where on a mesh each array lies."""
+    shapes = jax.eval_shape(self.init)
+    return abstract(shapes, parameter_shardings(mesh, shapes))
+
+  def new_state(self, mesh: Mesh) -> TrainState:
+    """The state before the first step, made where it belongs."""
+    return jax.jit(self.init, out_shardings=shardings_of(self.abstract_state(mesh)))()
+
+  def jitted(self, mesh: Mesh) -> jax.stages.Wrapped:
+    """The step on a mesh; the state it is given is donated."""
+    shardings = shardings_of(self.abstract_state(mesh)), replicated(mesh)
+    return jax.jit(self, donate_argnums=0, out_shardings=shardings)
 
   def _gradient(
     self, params: PyTree, x: Image, y: Label, draws: Draws

@@ -76,9 +76,7 @@ class Tfds:
     ValueError: it has no such split, no image, or a label that is not a class.
   """
 
-  def __init__(
-    self, *, name: str, split: str, data_dir: str, image_size: int, channels: int
-  ):
+  def __init__(self, *, name: str, split: str, data_dir: str, image_size: int, channels: int):
     import tensorflow_datasets as tfds
 
     try:

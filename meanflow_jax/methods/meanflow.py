@@ -96,6 +96,13 @@ class MeanFlow:
   def __post_init__(self):
     self.label_dropout.probability(self.times.rows)
 
+  @property
+  def forward_passes(self) -> float:
+    """What one step costs, in forward passes of its batch; a backward pass counts as two."""
+    ahead = self.times.rows.rest / self.times.rows.size
+    guidance = self.guidance.needs_unconditional + ahead * self.guidance.needs_conditional
+    return 3 + ahead + guidance
+
   def draw(self, key: PRNGKey, x: Image, y: Label) -> Draws:
     """Draws all random numbers of one step for data x with labels y."""
     key_noise, key_times, key_dropout = jax.random.split(key, 3)

@@ -128,6 +128,16 @@ class DiT(nn.Module):
     x = self._transform(x, condition)
     return self._unembed(x, condition, z.shape).astype(jnp.float32)
 
+  def forward_flops(self, image_shape: tuple[int, ...]) -> int:
+    """Floating-point operations of the matrix products in one image's forward pass."""
+    height, columns, channels = image_shape
+    tokens, patch = height * columns // self.patch_size**2, self.patch_size**2 * channels
+    block = tokens * ((4 + 2 * MLP_RATIO) * self.width**2 + 2 * tokens * self.width)
+    block += 6 * self.width**2
+    times = len(self.conditioning) * (self.time_frequencies + self.width) * self.width
+    ends = 2 * tokens * patch * self.width + 2 * self.width**2
+    return 2 * (self.depth * block + times + ends)
+
   def _condition(self, t: Time, h: Time, y: Label) -> Condition:
     """SiLU of the summed embeddings of times and label, the input of every modulation."""
     times = {"t": t, "h": h, "r": t - h}

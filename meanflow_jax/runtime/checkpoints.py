@@ -137,14 +137,14 @@ class Checkpoints:
     targets: Mapping[str, PyTree],
     *,
     step: int | None = None,
-    identity: Mapping[str, Any] | None = None,
+    identity: Mapping[str, Mapping[str, Any]] | None = None,
   ) -> tuple[int, dict[str, PyTree]] | None:
     """Reads the newest usable checkpoint; damaged ones are moved aside, with a warning.
 
     Args:
       targets: trees of `jax.ShapeDtypeStruct` with shardings, by name; only these are read.
       step: take this checkpoint and no other.
-      identity: sections of the config that must equal the checkpoint's, nested.
+      identity: keys of the config, by section, that must equal the checkpoint's.
 
     Returns:
       The step and the restored trees, or None where there is no checkpoint at all.
@@ -225,7 +225,7 @@ class Checkpoints:
     self._manager.reload()
 
   def _read(
-    self, step: int, targets: Mapping[str, PyTree], identity: Mapping[str, Any]
+    self, step: int, targets: Mapping[str, PyTree], identity: Mapping[str, Mapping[str, Any]]
   ) -> dict[str, PyTree]:
     folder = self._folder(step)
     available = _read_manifest(folder).keys() - {_CONFIG}
@@ -240,10 +240,13 @@ class Checkpoints:
     self._held = step
     return {name: restored[name] for name in targets}
 
-  def _require_identity(self, step: int, identity: Mapping[str, Any]) -> None:
+  def _require_identity(self, step: int, identity: Mapping[str, Mapping[str, Any]]) -> None:
     args = ocp.args.Composite(**{_CONFIG: ocp.args.JsonRestore()})
     config = self._manager.restore(step, args=args)[_CONFIG]
-    theirs = {section: config.get(section) for section in identity}
+    theirs = {
+      section: {key: config.get(section, {}).get(key) for key in keys}
+      for section, keys in identity.items()
+    }
     if lines := _differences(_by_name(theirs), _by_name(dict(identity))):
       raise CheckpointError(_listing(f"{self._folder(step)} has another config", lines))
 

@@ -67,6 +67,11 @@ def abstract(shapes: PyTree, shardings: PyTree) -> PyTree:
   )
 
 
+def shardings_of(arrays: PyTree) -> PyTree:
+  """The sharding of each array, abstract or not."""
+  return jax.tree.map(lambda x: x.sharding, arrays)
+
+
 def local_rows(mesh: Mesh, batch: int) -> list[int]:
   """The rows of a global batch that this process holds, in order."""
   slices = rows_sharding(mesh).addressable_devices_indices_map((batch,)).values()

@@ -1,0 +1,333 @@
+"""The objective: true of exact flows, equal to the plain formula, and no more work than needed."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from meanflow_jax.arrays import Image, Label, Time, VelocityFn
+from meanflow_jax.methods.meanflow import AdaptiveWeight, Draws, MeanFlow, velocity_and_derivative
+from meanflow_jax.train_step import velocity_fn
+from tests import tiny
+from tests.exact import GaussianFlow, per_image
+from tests.plain import plain_objective
+
+BATCH, IMAGE = 16, (4, 4, 1)
+KEY = jax.random.key(0)
+FLOW = GaussianFlow(means=(0.7,), s=0.4)
+GUIDANCE = {
+  "none": {},
+  "omega": {"omega": 2.0},
+  "omega + kappa = 1": {"omega": 0.3, "kappa": 0.7},
+  "kappa": {"kappa": 0.5},
+  "interval": {"omega": 0.4, "kappa": 0.5, "t_start": 0.3, "t_end": 0.7},
+}
+
+
+def data(batch: int = BATCH, image: tuple[int, ...] = IMAGE) -> tuple[Image, Label]:
+  x = jax.random.normal(jax.random.key(1), (batch, *image))
+  return x, jax.random.randint(jax.random.key(2), (batch,), 0, 3)
+
+
+def points(batch: int = BATCH) -> tuple[Image, Time, Time, Label]:
+  """Points z with times r < t and labels 0."""
+  z, _ = data(batch)
+  r = jax.random.uniform(jax.random.key(3), (batch,), maxval=0.5)
+  return z, r, r + 0.4, jnp.zeros(batch, jnp.int32)
+
+
+# The identity.
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_identity_holds_for_the_true_flow():
+  z, r, t, y = points()
+  v = FLOW(z, t, t, y)
+  u, du_dt = velocity_and_derivative(FLOW, z, r, t, y, v)
+  np.testing.assert_allclose(u + per_image(t - r) * du_dt, v, atol=1e-12)
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_derivative_is_that_along_the_flow():
+  z, r, t, y = points()
+  step = 1e-5
+  ahead, behind = (
+    FLOW(FLOW.transport(z, t, time, y), r, time, y) for time in (t + step, t - step)
+  )
+  u, du_dt = velocity_and_derivative(FLOW, z, r, t, y, FLOW(z, t, t, y))
+  np.testing.assert_array_equal(u, FLOW(z, r, t, y))
+  np.testing.assert_allclose(du_dt, (ahead - behind) / (2 * step), atol=1e-8)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("tangents", [(1, 0, 0), (1, 1, 0), (1, 1, 1), (0, 0, 1), (-1, 0, -1)])
+def test_no_other_tangents_satisfy_the_identity(tangents):
+  z, r, t, y = points()
+  v = FLOW(z, t, t, y)
+  of_z, of_r, of_t = (c * one for c, one in zip(tangents, (v, jnp.ones_like(r), jnp.ones_like(t))))
+  u, du_dt = jax.jvp(lambda z, r, t: FLOW(z, r, t, y), (z, r, t), (of_z, of_r, of_t))
+  assert jnp.abs(u + per_image(t - r) * du_dt - v).max() > 0.1
+
+
+def test_the_derivative_carries_no_gradient():
+  z, r, t, y = points()
+  params = tiny.mlp_params(KEY, pixels=16, labels=4)
+  derivative = lambda params: velocity_and_derivative(tiny.mlp(params), z, r, t, y, z)[1].sum()
+  assert jnp.abs(derivative(params)) > 1e-2
+  assert not any(leaf.any() for leaf in jax.tree.leaves(jax.grad(derivative)(params)))
+
+
+# The objective of exact flows.
+
+
+def draws_at(method: MeanFlow, flow: GaussianFlow, y: Label) -> tuple[Image, Draws]:
+  """Data and draws whose velocity e - x is the flow's own; rows that dropped belong to null."""
+  z, _ = data(len(y))
+  draws = method.draw(KEY, z, y)
+  x, e = flow.expected_pair(z, draws.t, jnp.where(draws.dropped, method.null_label, y))
+  return x, draws.replace(noise=e)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("fraction", [0.0, 0.25, 0.5, 1.0])
+def test_the_true_flow_has_no_error(fraction):
+  method, y = tiny.meanflow(equal_fraction=fraction), jnp.zeros(BATCH, jnp.int32)
+  x, draws = draws_at(method, FLOW, y)
+  loss, metrics = method.objective(FLOW, x, y, draws)
+  assert loss < 1e-20
+  assert all(value < 1e-20 for value in metrics.values())
+  assert ("velocity_error" in metrics) == (fraction > 0)
+
+
+WRONG = {
+  "another mean": GaussianFlow(means=(0.8,), s=0.4),
+  "another deviation": GaussianFlow(means=(0.7,), s=0.5),
+  "the velocity at t": lambda z, r, t, y: FLOW(z, t, t, y),
+  "the velocity at r": lambda z, r, t, y: FLOW(z, r, r, y),
+  "from t to r": lambda z, r, t, y: -FLOW(z, r, t, y),
+  "data at t = 1": lambda z, r, t, y: FLOW(z, 1 - t, 1 - r, y),
+}
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("name", WRONG)
+def test_any_other_flow_has_an_error(name):
+  method, y = tiny.meanflow(equal_fraction=0.5), jnp.zeros(BATCH, jnp.int32)
+  x, draws = draws_at(method, FLOW, y)
+  assert method.objective(WRONG[name], x, y, draws)[1]["error"] > 1e-3
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(("omega", "kappa"), [(1.0, 0.0), (2.5, 0.0), (1.0, 0.5), (0.2, 0.92)])
+@pytest.mark.parametrize("droppable", ["all", "equal"])
+def test_the_guided_flow_has_no_error(omega, kappa, droppable):
+  """Guidance of Gaussians of one deviation extrapolates their means: that flow is known, too.
+
+  With omega + kappa != 1 the conditional network must be the flow to the extrapolated mean, and
+  the unconditional one that to the null class' mean, for all targets to be met.
+  """
+  null, scale = 0.2, omega / (1 - kappa)
+  means = (-1.0, 0.5, 0.9)
+  guided = tuple(scale * mean + (1 - scale) * null for mean in means)
+  method = tiny.meanflow(
+    equal_fraction=0.5,
+    guidance={"omega": omega, "kappa": kappa},
+    dropout=0.25,
+    droppable=droppable,
+  )
+  y = data()[1]
+  x, draws = draws_at(method, GaussianFlow((*means, null), s=0.4), y)
+  assert 0 < draws.dropped.sum() < BATCH
+  error = lambda means: method.objective(GaussianFlow(means, s=0.4), x, y, draws)[1]["error"]
+  assert error((*guided, null)) < 1e-20
+  assert error((*guided, null + 0.1)) > 1e-4
+  if scale != 1:
+    assert error((*means, null)) > 1e-3
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.5, 1.0])
+def test_the_true_flow_is_where_the_expected_gradient_vanishes(fraction):
+  """Of a flow a u, scaled by a number: at a = 1 for random data and noise, and not at 0.8."""
+  batch = 2**16
+  x = FLOW.means[0] + FLOW.s * jax.random.normal(jax.random.key(1), (batch, 1, 1, 1))
+  y = jnp.zeros(batch, jnp.int32)
+  method = tiny.meanflow(equal_fraction=fraction, p=0.0)
+
+  @jax.jit
+  @jax.grad
+  def slope(a: jax.Array) -> jax.Array:
+    return method.loss(lambda z, r, t, y: a * FLOW(z, r, t, y), KEY, x, y)[0]
+
+  assert abs(slope(1.0)) < 0.02
+  assert slope(0.8) < -0.2
+
+
+# The objective of any network.
+
+
+def assert_close(ours, plain, tolerance: float) -> None:
+  def compare(ours: jax.Array, plain: jax.Array) -> None:
+    np.testing.assert_allclose(ours, plain, rtol=0, atol=tolerance * np.abs(plain).max())
+
+  jax.tree.map(compare, ours, plain)
+
+
+def with_gradient(objective, make: VelocityFn, params, x: Image, y: Label, draws: Draws):
+  """((loss, metrics), gradient)."""
+  loss = lambda params: objective(make(params), x, y, draws)
+  return jax.value_and_grad(loss, has_aux=True)(params)
+
+
+def both(method: MeanFlow, make, params, x: Image, y: Label):
+  """Ours and the plain one, with their gradients, for draws with both rules of dropout."""
+  ours, plain = (
+    jax.jit(lambda draws, f=f: with_gradient(f, make, params, x, y, draws))
+    for f in (method.objective, lambda *args: plain_objective(method, *args))
+  )
+  rows = method.times.rows
+  drop_half = {"all": jnp.arange(BATCH) % 2 == 0, "equal": rows.mask(BATCH) & (x[:, 0, 0, 0] > 0)}
+  for dropped in drop_half.values():
+    draws = method.draw(KEY, x, y).replace(dropped=dropped)
+    yield ours(draws), plain(draws)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("fraction", [0.0, 0.25, 0.5, 0.75, 1.0])
+@pytest.mark.parametrize("guidance", GUIDANCE)
+def test_the_objective_is_the_plain_one(guidance, fraction):
+  method = tiny.meanflow(equal_fraction=fraction, guidance=GUIDANCE[guidance])
+  params = tiny.mlp_params(KEY, pixels=16, labels=4)
+  for ours, plain in both(method, tiny.mlp, params, *data()):
+    assert_close(ours, plain, 1e-12)
+
+
+@pytest.mark.parametrize(
+  ("guidance", "fraction"), list(zip(GUIDANCE, [0.25, 0.0, 0.5, 0.75, 1.0], strict=True))
+)
+def test_the_objective_of_a_transformer_is_the_plain_one(guidance, fraction):
+  method = tiny.meanflow(equal_fraction=fraction, guidance=GUIDANCE[guidance])
+  network = tiny.dit(depth=1)
+  make = lambda params: velocity_fn(network, params)
+  for ours, plain in both(method, make, tiny.random_params(network, IMAGE), *data()):
+    assert_close(ours, plain, 2e-5)
+
+
+def test_the_loss_is_the_objective_of_the_draw():
+  method, (x, y) = tiny.meanflow(equal_fraction=0.5, dropout=0.25), data()
+  network = tiny.mlp(tiny.mlp_params(KEY, pixels=16, labels=4))
+  expected = method.objective(network, x, y, method.draw(KEY, x, y))
+  jax.tree.map(np.testing.assert_array_equal, method.loss(network, KEY, x, y), expected)
+
+
+# The weight.
+
+
+@pytest.mark.parametrize("p", [0.0, 0.75, 1.0, 2.0])
+def test_the_weight_scales_the_gradient_and_has_none(p):
+  error = jnp.array([0.0, 0.1, 10.0])
+  weight = AdaptiveWeight(p, c=0.5)
+  slopes = jax.vmap(jax.grad(lambda e: weight(e[None])[0]))(error)
+  np.testing.assert_allclose(slopes, 1 / (error + 0.5) ** p, rtol=1e-6)
+  np.testing.assert_allclose(weight(error), error * slopes, rtol=1e-6)
+
+
+def test_a_weight_without_a_floor_is_refused():
+  with pytest.raises(ValueError, match="must be positive"):
+    AdaptiveWeight(p=1.0, c=0.0)
+
+
+# The work.
+
+
+class Counter:
+  """A velocity function that counts the rows it is evaluated on, and those with a JVP."""
+
+  def __init__(self):
+    self.plain, self.jvp = 0, 0
+
+  def __call__(self, z: Image, r: Time, t: Time, y: Label) -> Image:
+    @jax.custom_jvp
+    def u(z: Image, r: Time, t: Time) -> Image:
+      self.plain += z.shape[0]
+      return z
+
+    @u.defjvp
+    def rule(primals, tangents):
+      self.jvp += primals[0].shape[0]
+      return primals[0], tangents[0]
+
+    return u(z, r, t)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.25, 0.75, 1.0])
+@pytest.mark.parametrize(
+  ("guidance", "extra"),
+  [
+    ("none", lambda batch, ahead: 0),
+    ("omega", lambda batch, ahead: batch),
+    ("omega + kappa = 1", lambda batch, ahead: ahead),
+    ("kappa", lambda batch, ahead: batch + ahead),
+    ("interval", lambda batch, ahead: batch + ahead),
+  ],
+)
+def test_the_network_sees_no_more_rows_than_needed(guidance, extra, fraction):
+  """A JVP where r < t; v(null) everywhere; v(y) where r < t, as elsewhere it is u itself."""
+  method, counter, (x, y) = (
+    tiny.meanflow(equal_fraction=fraction, guidance=GUIDANCE[guidance]),
+    Counter(),
+    data(),
+  )
+  jax.eval_shape(lambda: method.loss(counter, KEY, x, y))
+  ahead = round((1 - fraction) * BATCH)
+  assert counter.jvp == ahead
+  assert counter.plain == BATCH - ahead + extra(BATCH, ahead)
+
+
+# The draws.
+
+
+def test_draws_are_a_function_of_the_key():
+  method, (x, y) = tiny.meanflow(equal_fraction=0.5, dropout=0.4), data()
+  draws, same, other = (method.draw(jax.random.key(seed), x, y) for seed in (0, 0, 1))
+  for name in ("noise", "r", "t", "dropped"):
+    np.testing.assert_array_equal(getattr(draws, name), getattr(same, name))
+    assert (getattr(draws, name) != getattr(other, name)).any(), name
+
+
+def test_noise_is_standard_normal_and_independent_of_all_else():
+  method, (x, y) = tiny.meanflow(equal_fraction=0.25, dropout=0.5), data(batch=4096)
+  draws = method.draw(KEY, x, y)
+  noise = np.asarray(draws.noise).reshape(4096, -1)
+  assert scipy.stats.kstest(noise.ravel(), scipy.stats.norm.cdf).pvalue > 0.01
+  others = [draws.r, draws.t, draws.dropped, x[:, 0, 0, 0], y]
+  columns = np.stack([noise[:, 0], noise[:, 1], *map(np.asarray, others)])
+  assert np.abs(np.corrcoef(columns)[:2] - np.eye(2, 7)).max() < 4 / np.sqrt(4096)
+
+
+def test_a_batch_of_broken_groups_is_refused():
+  method, (x, y) = tiny.meanflow(equal_fraction=0.75), data(batch=6)
+  with pytest.raises(ValueError, match="does not divide into groups of 4"):
+    method.draw(KEY, x, y)
+
+
+# Flow matching.
+
+
+def velocity_only(z: Image, r: Time, t: Time, y: Label) -> Image:
+  """Knows no average velocity: NaN where r < t."""
+  return jnp.where(per_image(r == t), jnp.tanh(z + 1), jnp.nan)
+
+
+def test_flow_matching_never_asks_for_an_average_velocity():
+  method, (x, y) = tiny.meanflow(equal_fraction=1.0, guidance=GUIDANCE["kappa"]), data()
+  assert jnp.isfinite(method.loss(velocity_only, KEY, x, y)[0])
+  t, r = jnp.full(BATCH, 0.9), jnp.full(BATCH, 0.4)
+  euler = method.step(velocity_only, x, t, r, y)
+  np.testing.assert_allclose(euler, x - 0.5 * jnp.tanh(x + 1), atol=1e-6)
+
+
+def test_meanflow_does():
+  method, (x, y) = tiny.meanflow(equal_fraction=0.75), data()
+  assert jnp.isnan(method.loss(velocity_only, KEY, x, y)[0])
+  assert jnp.isnan(method.step(velocity_only, x, jnp.full(BATCH, 0.9), jnp.zeros(BATCH), y)).all()

@@ -1,0 +1,80 @@
+"""Methods and networks small enough to compile in no time, every parameter random."""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from meanflow_jax.arrays import Image, Label, Time, VelocityFn
+from meanflow_jax.methods.guidance import Guidance, LabelDropout
+from meanflow_jax.methods.meanflow import AdaptiveWeight, MeanFlow
+from meanflow_jax.methods.time_sampling import TimePairs, Uniform
+from meanflow_jax.models.dit import DiT
+from meanflow_jax.train_step import init_params
+
+Params = dict[str, Any]
+
+
+def meanflow(
+  *,
+  equal_fraction: float,
+  guidance: dict[str, float] | None = None,
+  dropout: float = 0.0,
+  droppable: str = "all",
+  p: float = 1.0,
+  null_label: int = 3,
+) -> MeanFlow:
+  unguided = {"omega": 1.0, "kappa": 0.0, "t_start": 0.0, "t_end": 1.0}
+  return MeanFlow(
+    times=TimePairs(Uniform(), Uniform(), "sorted", equal_fraction),
+    guidance=Guidance(**unguided | (guidance or {})),
+    label_dropout=LabelDropout(dropout, droppable),
+    weight=AdaptiveWeight(p, 1e-2),
+    null_label=null_label,
+  )
+
+
+def mlp_params(key: jax.Array, *, pixels: int, labels: int, hidden: int = 16) -> Params:
+  shapes = {"into": (pixels + 2, hidden), "table": (labels, hidden), "out": (hidden, pixels)}
+  keys = zip(shapes.items(), jax.random.split(key, len(shapes)), strict=True)
+  return {name: 0.5 * jax.random.normal(k, shape) for (name, shape), k in keys}
+
+
+def mlp(params: Params) -> VelocityFn:
+  """A perceptron of all its inputs."""
+
+  def velocity(z: Image, r: Time, t: Time, y: Label) -> Image:
+    pixels = z.reshape(z.shape[0], math.prod(z.shape[1:]))
+    inputs = jnp.concatenate([pixels, r[:, None], t[:, None]], axis=1)
+    hidden = jnp.tanh(inputs @ params["into"] + params["table"][y])
+    return (hidden @ params["out"]).reshape(z.shape)
+
+  return velocity
+
+
+def dit(**changes: Any) -> DiT:
+  settings = {
+    "patch_size": 2,
+    "width": 16,
+    "depth": 2,
+    "num_heads": 2,
+    "num_classes": 3,
+    "conditioning": ("t", "h"),
+    "time_frequencies": 16,
+    "positions": "sincos",
+    "dtype": "float32",
+    "scan": True,
+    "remat": "none",
+  }
+  return DiT(**settings | changes)
+
+
+def random_params(network: nn.Module, image_shape: tuple[int, ...]) -> Params:
+  """Parameters of which none is zero: at its own initialisation a DiT is the zero function."""
+  shapes = jax.eval_shape(lambda: init_params(network, 0, image_shape))
+  leaves, structure = jax.tree.flatten(shapes)
+  keys = jax.random.split(jax.random.key(0), len(leaves))
+  draw = lambda key, leaf: 0.3 * jax.random.normal(key, leaf.shape, leaf.dtype)
+  return structure.unflatten(map(draw, keys, leaves))
