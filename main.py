@@ -6,16 +6,15 @@ Any key of the config is a flag: --config.train.steps=1000.
 import pathlib
 import sys
 
-from absl import app, flags
-from ml_collections import config_flags
+from absl import app, flags, logging
 
-from meanflow_jax import evaluate, sample, train
+from meanflow_jax import command_line, evaluate, sample, train
 from meanflow_jax.build import UserError
 from meanflow_jax.data.sources import UnreadableImageError
 from meanflow_jax.runtime.checkpoints import CheckpointError
 from meanflow_jax.runtime.reporting import NonFiniteError
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "The config, a file in configs/.")
+CONFIG = command_line.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.")
 MODE = flags.DEFINE_enum("mode", "train", ["train", "sample", "evaluate"], "What to do.")
 OUT = flags.DEFINE_string("out", None, "--mode=sample: the .png or .npz to write.")
@@ -23,6 +22,7 @@ OUT = flags.DEFINE_string("out", None, "--mode=sample: the .png or .npz to write
 
 def main(_: list[str]) -> None:
   """Runs one mode; the user's mistakes end it with a message, no traceback."""
+  logging.set_verbosity(logging.WARNING)  # Orbax tells every file it touches
   workdir = pathlib.Path(WORKDIR.value).expanduser()
   try:
     if MODE.value == "train":
@@ -38,5 +38,5 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  flags.mark_flags_as_required(["config", "workdir"])
-  app.run(main)
+  flags.mark_flag_as_required("workdir")
+  app.run(main, flags_parser=command_line.parse)

@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 from jax.sharding import Mesh
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from meanflow_jax import build
+from meanflow_jax import build, command_line
 from meanflow_jax.runtime.mesh import make_mesh, rows_sharding
 from meanflow_jax.runtime.topology import tpu_devices
 from meanflow_jax.train_step import Batch, TrainStep
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "The config, a file in configs/.")
+CONFIG = command_line.define_config()
 BATCH = flags.DEFINE_integer("batch", None, "Images per device; by default, the config's share.")
 STEPS = flags.DEFINE_integer("steps", 20, "Steps to time.", lower_bound=1)
 TOPOLOGY = flags.DEFINE_string("topology", None, "A TPU slice to compile for, as v5p:2x2x1.")
@@ -102,5 +102,4 @@ def batch_of(config: ConfigDict, mesh: Mesh) -> Batch:
 
 
 if __name__ == "__main__":
-  flags.mark_flag_as_required("config")
-  app.run(main)
+  app.run(main, flags_parser=command_line.parse)

@@ -66,7 +66,7 @@ class Evaluator:
       batch_size = 500
       batches = ordered_batches(self._source, batch_size)
       total = -(-len(self._source) // batch_size)
-      progress = tqdm.tqdm(batches, "reading real images", total, leave=False)
+      progress = tqdm.tqdm(batches, "reading real images", total, leave=False, disable=None)
       self._reference = self._moments(batch["image"] for batch in progress)
     return self._reference
 

@@ -17,7 +17,9 @@ def draw(generator: Generator, params: PyTree, count: int) -> tuple[np.ndarray, 
   """Images 0, ..., count - 1 as uint8 [N, H, W, C], and their labels [N]."""
   batches = generator.batches(params, count)
   total = -(-count // generator.batch_size)
-  images, labels = zip(*tqdm.tqdm(batches, "sampling", total, leave=False), strict=True)
+  images, labels = zip(
+    *tqdm.tqdm(batches, "sampling", total, leave=False, disable=None), strict=True
+  )
   return np.concatenate([to_uint8(batch) for batch in images]), np.concatenate(labels)
 
 

@@ -52,9 +52,7 @@ def test_the_identity_holds_for_the_true_flow():
 def test_the_derivative_is_that_along_the_flow():
   z, r, t, y = points()
   step = 1e-5
-  ahead, behind = (
-    FLOW(FLOW.transport(z, t, time, y), r, time, y) for time in (t + step, t - step)
-  )
+  ahead, behind = (FLOW(FLOW.transport(z, t, time, y), r, time, y) for time in (t + step, t - step))
   u, du_dt = velocity_and_derivative(FLOW, z, r, t, y, FLOW(z, t, t, y))
   np.testing.assert_array_equal(u, FLOW(z, r, t, y))
   np.testing.assert_allclose(du_dt, (ahead - behind) / (2 * step), atol=1e-8)

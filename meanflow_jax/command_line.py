@@ -1,0 +1,59 @@
+"""Flags: the config and its overrides, with mistakes found before anything starts."""
+
+import sys
+
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+# Keys that are read only where another key has a certain value.
+_READ_WHERE = {
+  "data.digits.": ("data.source", "digits"),
+  "data.folder.": ("data.source", "folder"),
+  "data.tfds.": ("data.source", "tfds"),
+  "data.latents.": ("data.source", "latents"),
+  "data.synthetic.": ("data.source", "synthetic"),
+  "method.times.mean": ("method.times.distribution", "logit_normal"),
+  "method.times.std": ("method.times.distribution", "logit_normal"),
+  "method.times.r_mean": ("method.times.distribution", "logit_normal"),
+  "method.times.r_std": ("method.times.distribution", "logit_normal"),
+  "sample.label": ("sample.labels", "one"),
+}
+
+
+def define_config() -> flags.FlagHolder:
+  """The flag --config=FILE, with --config.section.key=value for every key."""
+  holder = config_flags.DEFINE_config_file("config", None, "The config, a file in configs/.")
+  flags.mark_flag_as_required("config")
+  return holder
+
+
+def parse(argv: list[str]) -> list[str]:
+  """Parses all flags; exits with a message where a key does not exist or would not be read."""
+  try:
+    remaining = app.parse_flags_with_usage(argv)
+  except (AttributeError, KeyError) as error:  # of a locked ConfigDict, with the nearest key
+    message = error
+    while isinstance(message, Exception):
+      message = message.args[0]
+    sys.exit("error: unknown config key " + message.replace("\n", "; "))
+  given = config_flags.get_override_values(flags.FLAGS["config"])
+  if mistakes := unread(flags.FLAGS.config, list(given)):
+    sys.exit("error: " + "\n".join(mistakes))
+  return remaining
+
+
+def unread(config: ConfigDict, given: list[str]) -> list[str]:
+  """Says of each overridden key that nothing would read it, and why."""
+  return [
+    f"--config.{key} is read only where {switch} is {value!r}, not {found!r}"
+    for key in given
+    for prefix, (switch, value) in _READ_WHERE.items()
+    if (key == prefix or (prefix.endswith(".") and key.startswith(prefix)))
+    and (found := _value(config, switch)) != value
+  ]
+
+
+def _value(config: ConfigDict, path: str) -> object:
+  for key in path.split("."):
+    config = config[key]
+  return config
