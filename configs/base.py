@@ -83,7 +83,7 @@ def get_config() -> ConfigDict:
   train.steps = 100_000
   train.accumulate = 1  # microbatches per step
   train.log_every = 100
-  train.checkpoint_every = 5_000
+  train.checkpoint_every = 5_000  # 0: only at the end
   train.sample_every = 5_000  # 0: only at the end
   train.evaluate_every = 0  # 0: only at the end
 

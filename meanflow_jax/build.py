@@ -33,7 +33,7 @@ def explaining_mistakes() -> Iterator[None]:
   """What constructors refuse is the user's to mend, and needs no traceback."""
   try:
     yield
-  except (ValueError, FileNotFoundError, ModuleNotFoundError, CheckpointError) as error:
+  except (ValueError, OSError, ModuleNotFoundError, CheckpointError) as error:
     raise UserError(str(error)) from error
 
 
@@ -154,6 +154,7 @@ def train_step(config: ConfigDict, network: nn.Module, method: MeanFlow, mesh: M
     ValueError: an impossible setting, or a batch that does not divide.
   """
   _check_batch(config.train.batch_size, config.train.accumulate, mesh.size, method)
+  _check_cadences(config.train)
   optimizer, learning_rate = make_optimizer(**config.optimizer, total_steps=config.train.steps)
   return TrainStep(
     network=network,
@@ -177,6 +178,15 @@ def _check_batch(batch_size: int, accumulate: int, devices: int, method: MeanFlo
       f"(method.times.equal_fraction {method.times.equal_fraction}); the nearest that are: "
       f"{max(1, batch_size // unit) * unit}, {(max(1, batch_size // unit) + 1) * unit}"
     )
+
+
+def _check_cadences(train: ConfigDict) -> None:
+  for name in ("steps", "log_every"):
+    if train[name] < 1:
+      raise ValueError(f"train.{name} must be at least 1, got {train[name]}")
+  for name in ("checkpoint_every", "sample_every", "evaluate_every"):
+    if train[name] < 0:
+      raise ValueError(f"train.{name} must be 0 (only at the end) or more, got {train[name]}")
 
 
 def grid(config: ConfigDict) -> tuple[float, ...]:

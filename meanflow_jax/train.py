@@ -163,12 +163,21 @@ def claim(workdir: pathlib.Path) -> None:
 def restore_or_init(
   config: ConfigDict, train_step: TrainStep, mesh: Mesh, checkpoints: Checkpoints
 ) -> TrainState:
-  """The newest state on disk, or a new one."""
+  """The newest state on disk, or a new one.
+
+  Raises:
+    CheckpointError: there is a checkpoint of another network, or none that is intact.
+    UserError: it is beyond the last step.
+  """
   targets = to_items(train_step.abstract_state(mesh))
   restored = checkpoints.restore(targets, identity=build.identity(config))
   if restored is None:
     return train_step.new_state(mesh)
   step, items = restored
+  if step > config.train.steps:
+    raise build.UserError(
+      f"the checkpoint is at step {step}, beyond train.steps {config.train.steps}"
+    )
   return from_items(items, jax.device_put(np.int32(step), replicated(mesh)))
 
 
