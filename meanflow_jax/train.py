@@ -11,6 +11,7 @@ from typing import NoReturn
 
 import jax
 import numpy as np
+from clu import parameter_overview
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -208,7 +209,7 @@ def device_batches(
 
 def announce(config: ConfigDict, state: TrainState, mesh: Mesh) -> None:
   """Says what is going to run."""
-  size = sum(x.size for x in jax.tree.leaves(state.params))
+  size = parameter_overview.count_parameters(state.params)
   print(
     f"{size / 1e6:.2f}M parameters on {mesh.size} {jax.default_backend()} device(s), "
     f"batch {config.train.batch_size}, steps {int(state.step)} to {config.train.steps}",

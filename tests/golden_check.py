@@ -136,7 +136,7 @@ def dit(meta: dict[str, Any]) -> DiT:
 
 
 def meanflow(meta: dict[str, Any]) -> MeanFlow:
-  settings = meta["method"]
+  settings = {} if meta["method"].get("guidance_eq") == "none" else meta["method"]
   return MeanFlow(
     times=TimePairs(Uniform(), Uniform(), "sorted", meta["n_fm"] / meta["batch"]),
     guidance=Guidance(
