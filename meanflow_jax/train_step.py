@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+from typing import no_type_check
 
 import flax.linen as nn
 import flax.struct
@@ -29,6 +30,7 @@ class Purpose(enum.IntEnum):
   DRAW = 1
 
 
+@no_type_check  # what jax.tree.map puts in an array's place is no array
 class TrainState(flax.struct.PyTreeNode):
   """All that training changes.
 
@@ -248,7 +250,8 @@ def make_optimizer(
     raise ValueError(f"optimizer.schedule must be one of {SCHEDULES}, got {schedule!r}")
   if not 0 <= warmup_steps < total_steps:
     raise ValueError(f"optimizer.warmup_steps {warmup_steps} is not within {total_steps} steps")
-  rate = optax.warmup_constant_schedule(0.0, learning_rate, warmup_steps)
+  start = 0.0 if warmup_steps else learning_rate  # optax stays at `start` where there is no warm-up
+  rate = optax.warmup_constant_schedule(start, learning_rate, warmup_steps)
   if schedule == "cosine":
     rate = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup_steps, total_steps)
   clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []

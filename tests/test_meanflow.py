@@ -198,7 +198,7 @@ def assert_plain(method: MeanFlow, make: Callable[..., VelocityFn], params, jit)
 def test_the_objective_is_the_plain_one(guidance, fraction):
   method = tiny.meanflow(equal_fraction=fraction, guidance=GUIDANCE[guidance])
   params = tiny.mlp_params(KEY, pixels=16, labels=4)
-  assert_plain(method, tiny.mlp, params, jit=lambda function: function)  # faster than compiling
+  assert_plain(method, tiny.mlp, params, tiny.jit)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """MeanFlow: average velocities learnt from their identity (arXiv 2505.13447)."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import NamedTuple, no_type_check
 
 import flax.struct
 import jax
@@ -17,6 +17,7 @@ from meanflow_jax.methods.time_sampling import TimePairs
 EqualRows = Float[Array, "A H W C"]  # images of the A rows with r = t alone
 
 
+@no_type_check  # what jax.tree.map puts in an array's place is no array
 class Draws(flax.struct.PyTreeNode):
   """All randomness of one step.
 

@@ -44,7 +44,8 @@ class Attention(nn.Module):
     """Mixes tokens."""
     batch, tokens, width = x.shape
     qkv = _dense(3 * width, self.dtype, "qkv")(x)
-    q, k, v = jnp.moveaxis(qkv.reshape(batch, tokens, 3, self.num_heads, -1), 2, 0)
+    heads = (batch, tokens, 3, self.num_heads, width // self.num_heads)  # batches may be empty
+    q, k, v = jnp.moveaxis(qkv.reshape(heads), 2, 0)
     return _dense(width, self.dtype, "out")(attention(q, k, v).reshape(x.shape))
 
 
@@ -159,7 +160,7 @@ class DiT(nn.Module):
       raise ValueError(f"an image of {height} x {columns} does not divide into patches of {p}")
     rows, columns = height // p, columns // p
     patches = z.reshape(batch, rows, p, columns, p, channels).swapaxes(2, 3)
-    x = _dense(self.width, self.dtype, "patch_embedder")(patches.reshape(batch, rows * columns, -1))
+    x = _dense(self.width, self.dtype, "patch_embedder")(patches.reshape(batch, rows * columns, p * p * channels))
     if self.positions == "learned":
       shape = (rows * columns, self.width)
       positions = self.param("positions", nn.initializers.normal(0.02), shape)

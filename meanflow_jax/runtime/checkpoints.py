@@ -20,7 +20,7 @@ import logging
 import zlib
 from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Self
+from typing import Any
 
 import jax
 import numpy as np
@@ -71,7 +71,7 @@ class Checkpoints:
       self._kept.append(policies.EveryNSteps(keep_every))
     self._manager = self._open(cleanup=not read_only)
 
-  def __enter__(self) -> Self:
+  def __enter__(self) -> "Checkpoints":
     return self
 
   def __exit__(self, *exception: object) -> None:

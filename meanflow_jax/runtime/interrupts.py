@@ -2,7 +2,6 @@
 
 import signal
 import types
-from typing import Self
 
 
 class StopRequest:
@@ -16,7 +15,7 @@ class StopRequest:
     self.signal: signal.Signals | None = None
     self._previous: dict[signal.Signals, object] = {}
 
-  def __enter__(self) -> Self:
+  def __enter__(self) -> "StopRequest":
     for number in (signal.SIGINT, signal.SIGTERM):
       self._previous[number] = signal.signal(number, self._note)
     return self
