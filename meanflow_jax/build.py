@@ -169,9 +169,13 @@ def train_step(config: ConfigDict, network: nn.Module, method: MeanFlow, mesh: M
 
 
 def _check_batch(batch_size: int, accumulate: int, devices: int, method: MeanFlow) -> None:
+  if batch_size < 1 or accumulate < 1:
+    raise ValueError(
+      f"train.batch_size {batch_size} and train.accumulate {accumulate} must be at least 1"
+    )
   group = method.times.rows.size
   unit = devices * accumulate * group
-  if batch_size < 1 or accumulate < 1 or batch_size % unit:
+  if batch_size % unit:
     raise ValueError(
       f"train.batch_size {batch_size} is not divisible by {unit}: {devices} devices x "
       f"train.accumulate {accumulate} x groups of {group} rows "

@@ -36,6 +36,8 @@ def parse(argv: list[str]) -> list[str]:
     while isinstance(message, Exception):
       message = message.args[0]
     sys.exit("error: unknown config key " + message.replace("\n", "; "))
+  except OSError as error:
+    sys.exit(f"error: --config: {error}")
   given = config_flags.get_override_values(flags.FLAGS["config"])
   if mistakes := unread(flags.FLAGS.config, list(given)):
     sys.exit("error: " + "\n".join(mistakes))

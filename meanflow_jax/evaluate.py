@@ -74,7 +74,7 @@ class Evaluator:
     generator = self._generators[nfe]
     total = -(-self._count // generator.batch_size)
     progress = tqdm.tqdm(
-      generator.batches(params, self._count), f"{nfe}-step images", total, leave=False
+      generator.batches(params, self._count), f"{nfe}-step images", total, leave=False, disable=None
     )
     return self._moments(images for images, _ in progress)
 

@@ -156,9 +156,17 @@ def claim(workdir: pathlib.Path) -> None:
     ValueError: if the folder holds a config.json that is not of this project.
   """
   path = workdir / "config.json"
-  if path.exists() and not {"model", "method", "train"} <= json.loads(path.read_text()).keys():
+  if path.exists() and not _is_config(path.read_text()):
     raise ValueError(f"{path} is not a config of this project; choose another --workdir")
   (workdir / "samples").mkdir(parents=True, exist_ok=True)
+
+
+def _is_config(text: str) -> bool:
+  try:
+    config = json.loads(text)
+  except ValueError:
+    return False
+  return isinstance(config, dict) and {"model", "method", "train"} <= config.keys()
 
 
 def restore_or_init(

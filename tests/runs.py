@@ -1,19 +1,22 @@
 """Runs small enough to train in a second, in this process or in one of their own."""
 
+import contextlib
 import json
 import os
 import pathlib
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
+import pytest
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from configs import digits
-from meanflow_jax import build, train
+from meanflow_jax import build
 from meanflow_jax.runtime.checkpoints import Checkpoints
 from meanflow_jax.runtime.mesh import make_mesh
 from meanflow_jax.train_step import TrainState, TrainStep, from_items, to_items
@@ -59,15 +62,46 @@ def train_step(config: ConfigDict, mesh: Mesh) -> TrainStep:
   return build.train_step(config, network, build.method(config), mesh)
 
 
-def saved_state(config: ConfigDict, workdir: pathlib.Path, step: int) -> TrainState:
-  """What a checkpoint holds, on one device."""
+@contextlib.contextmanager
+def devices(data: int, fsdp: int) -> Iterator[None]:
+  """What runs meanwhile has a mesh of the first devices."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(build, "mesh", lambda config: mesh_of(data, fsdp))
+    yield
+
+
+def saved_state(workdir: pathlib.Path, step: int) -> TrainState:
+  """What a checkpoint of a tiny run holds, in numpy arrays."""
   mesh = mesh_of(1, 1)
-  targets = to_items(train_step(config, mesh).abstract_state(mesh))
-  with Checkpoints(
-    workdir / "checkpoints", keep_latest=9, keep_every=None, read_only=True
-  ) as saved:
-    found, items = saved.restore(targets, step=step)
-  return from_items(items, jax.device_put(np.int32(found)))
+  targets = to_items(train_step(tiny(), mesh).abstract_state(mesh))
+  folder = workdir / "checkpoints"
+  with Checkpoints(folder, keep_latest=9, keep_every=None, read_only=True) as saved:
+    _, items = saved.restore(targets, step=step)
+  return jax.tree.map(np.asarray, from_items(items, jax.numpy.int32(step)))
+
+
+def assert_close(actual: Any, expected: Any, *, rtol: float) -> None:
+  """Every array to a tolerance relative to its own largest magnitude."""
+  assert jax.tree.structure(actual) == jax.tree.structure(expected)
+  for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(x, y, rtol=0, atol=rtol * np.abs(y).max())
+
+
+def assert_bitwise_equal(actual: TrainState, expected: TrainState) -> None:
+  assert jax.tree.structure(actual) == jax.tree.structure(expected)
+  for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+    assert x.dtype == y.dtype
+    assert x.tobytes() == y.tobytes()
+
+
+def comparable(state: TrainState) -> TrainState:
+  """Without the biases of the keys: their gradient is but rounding, which Adam blows up."""
+
+  def cut(path: jax.tree_util.KeyPath, x: np.ndarray) -> np.ndarray:
+    is_qkv_bias = "'qkv'" in jax.tree_util.keystr(path[:-1]) and x.shape == (1, 48)
+    return np.delete(x, np.s_[16:32], axis=1) if is_qkv_bias else x
+
+  return jax.tree_util.tree_map_with_path(cut, state)
 
 
 def logged(workdir: pathlib.Path) -> list[dict[str, float]]:
@@ -82,14 +116,24 @@ def files_below(folder: pathlib.Path) -> dict[str, bytes | None]:
   }
 
 
-def command(workdir: pathlib.Path, changes: dict[str, Any] | None = None, **flags: Any) -> list[str]:
-  """The command line of a tiny run."""
-  config = TINY | (changes or {})
-  return [
-    sys.executable,
-    "main.py",
-    "--config=configs/digits.py",
-    f"--workdir={workdir}",
-    *(f"--{name}={value}" for name, value in flags.items()),
-    *(f"--config.{key}={value}" for key, value in config.items()),
-  ]
+def start(
+  workdir: pathlib.Path, *flags: str, changes: dict[str, Any] | None = None, shell: str = ""
+) -> subprocess.Popen[str]:
+  """A tiny run in a process of its own, with one device."""
+  keys = [f"--config.{key}={value}" for key, value in (TINY | (changes or {})).items()]
+  command = [sys.executable, "main.py", "--config=configs/digits.py", f"--workdir={workdir}"]
+  return subprocess.Popen(
+    ["bash", "-c", f'{shell} exec "$@"', "bash", *command, *keys, *flags],
+    cwd=ROOT,
+    env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+  """Exit status, standard output and standard error, which never shows a traceback."""
+  output, errors = process.communicate(timeout=300)
+  assert "Traceback" not in errors, errors
+  return process.returncode, output, errors

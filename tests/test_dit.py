@@ -110,13 +110,10 @@ def shapes_and_network(**changes: Any):
 
 
 @pytest.mark.parametrize("scan", [True, False])
-def test_scan_compiles_one_block(scan):
-  def products(depth: int) -> int:
-    shapes, network = shapes_and_network(depth=depth, scan=scan)
-    lowered = jax.jit(network.apply).lower({"params": shapes}, *inputs())
-    return lowered.as_text(dialect="hlo").count(" dot(")
-
-  assert (products(2) == products(4)) == scan
+def test_layers_are_a_loop_or_unrolled(scan):
+  shapes, network = shapes_and_network(scan=scan)
+  program = jax.jit(network.apply).lower({"params": shapes}, *inputs())
+  assert ("while" in program.as_text()) == scan
 
 
 def test_remat_keeps_less_for_the_backward_pass():
@@ -146,10 +143,43 @@ def test_a_checkpoint_does_not_depend_on_how_the_network_is_computed():
     assert shapes_and_network(**changes)[0] == expected
 
 
+# Initialisation.
+
+
+@functools.cache
+def new_params() -> tiny.Params:
+  network = tiny.dit(width=32, time_frequencies=32, num_classes=100)
+  return tiny.jit(lambda: init_params(network, 0, IMAGE))()
+
+
 def test_a_new_network_is_zero():
   network = tiny.dit()
-  params = init_params(network, 0, IMAGE)
-  assert not network.apply({"params": params}, *inputs()).any()
+  fresh = tiny.jit(lambda: network.apply({"params": init_params(network, 0, IMAGE)}, *inputs()))
+  assert not fresh().any()
+
+
+def expected_deviation(path: str, shape: tuple[int, ...]) -> float:
+  """Of the published initialisation: zeros, normal(0.02) or uniform (Xavier)."""
+  if path.endswith("bias") or "modulation" in path or path.startswith("final"):
+    return 0.0
+  if path.startswith(("t_", "h_", "label")):
+    return 0.02
+  return np.sqrt(2 / (shape[-2] + shape[-1]))
+
+
+def test_new_parameters_are_spread_as_published():
+  for keys, leaf in jax.tree_util.tree_leaves_with_path(new_params()):
+    path = jax.tree_util.keystr(keys, simple=True, separator="/")
+    expected = expected_deviation(path, leaf.shape)
+    assert leaf.std() == pytest.approx(expected, rel=0.1), path
+    if expected > 0.02:
+      assert jnp.abs(leaf).max() <= np.sqrt(3) * expected, path
+
+
+def test_new_layers_differ():
+  for name in ("mlp_in", "mlp_out"):
+    first, second = new_params()["blocks"][name]["kernel"]
+    assert jnp.abs(jnp.corrcoef(first.ravel(), second.ravel())[0, 1]) < 0.1
 
 
 # Conditioning.
@@ -185,7 +215,8 @@ def test_labels_and_the_null_label_each_have_their_row():
   network = tiny.dit(depth=1)
   params = tiny.random_params(network, IMAGE)
   z, t, h, _ = inputs()
-  of_label = [network.apply({"params": params}, z, t, h, jnp.full(BATCH, y)) for y in range(4)]
+  u_of = tiny.jit(lambda y: network.apply({"params": params}, z, t, h, jnp.full(BATCH, y)))
+  of_label = [u_of(y) for y in range(4)]
   for a, b in itertools.combinations(of_label, 2):
     assert jnp.abs(a - b).max() > 1e-2
   assert params["label_embedder"]["embedding"].shape == (4, 16)
@@ -196,8 +227,8 @@ def test_an_unconditional_network_has_no_labels():
   params = tiny.random_params(network, IMAGE)
   assert "label_embedder" not in params
   z, t, h, y = inputs()
-  one, other = (network.apply({"params": params}, z, t, h, label) for label in (y, y + 1))
-  np.testing.assert_array_equal(one, other)
+  u_of = tiny.jit(lambda y: network.apply({"params": params}, z, t, h, y))
+  np.testing.assert_array_equal(u_of(y), u_of(y + 1))
 
 
 # Patches.
@@ -220,7 +251,8 @@ def test_every_pixel_comes_back_to_its_place():
   params["final"]["kernel"] = large / jnp.sqrt(8.0) * jnp.eye(16, 4)
   z, t, h, y = inputs()
   z = z[..., :1]
-  np.testing.assert_allclose(network.apply({"params": params}, z, t, h, y), z, atol=1e-3)
+  u = tiny.jit(network.apply)({"params": params}, z, t, h, y)
+  np.testing.assert_allclose(u, z, atol=1e-3)
 
 
 @pytest.mark.parametrize("attends", [True, False])
@@ -247,7 +279,7 @@ def test_positions_tell_equal_patches_apart():
     params = tiny.random_params(network, IMAGE)
     assert ("positions" in params) == (positions == "learned")
     z, t, h, y = inputs()
-    u = network.apply({"params": params}, jnp.ones_like(z), t, h, y)[0]
+    u = tiny.jit(network.apply)({"params": params}, jnp.ones_like(z), t, h, y)[0]
     patches = u.reshape(2, 2, 3, 2, 2).swapaxes(1, 2).reshape(6, -1)
     for a, b in itertools.combinations(patches, 2):
       assert jnp.abs(a - b).max() > 1e-3

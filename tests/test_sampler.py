@@ -3,7 +3,6 @@
 import itertools
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,7 +19,7 @@ BAD_GRIDS = [(1.0,), (0.0,), (0.9, 0.0), (1.0, 0.1), (1.0, 0.5, 0.5, 0.0), (1.0,
 
 
 def noise() -> Image:
-  return jax.random.normal(jax.random.key(0), (8, 2, 2, 1))
+  return jnp.asarray(np.random.default_rng(0).normal(size=(8, 2, 2, 1)))
 
 
 @pytest.mark.usefixtures("float64")
@@ -50,7 +49,7 @@ def test_flow_matching_converges_with_order_1():
 
 
 def test_one_step_is_the_base_case():
-  network, z = tiny.mlp(tiny.mlp_params(jax.random.key(1), pixels=4, labels=4)), noise()
+  network, z = tiny.mlp(tiny.mlp_params(pixels=4, labels=4)), noise()
   expected = z - network(z, jnp.zeros(8), jnp.ones(8), Y)
   images = sample(MEANFLOW.step, network, z, Y, time_grid(1))
   np.testing.assert_allclose(images, expected, atol=1e-6)

@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from meanflow_jax.arrays import Image, Label, Time, VelocityFn
 from meanflow_jax.methods.guidance import Guidance, LabelDropout
@@ -40,10 +41,10 @@ def meanflow(
   )
 
 
-def mlp_params(key: jax.Array, *, pixels: int, labels: int, hidden: int = 16) -> Params:
+def mlp_params(*, pixels: int, labels: int, hidden: int = 16) -> Params:
+  rng = np.random.default_rng(0)
   shapes = {"into": (pixels + 2, hidden), "table": (labels, hidden), "out": (hidden, pixels)}
-  keys = zip(shapes.items(), jax.random.split(key, len(shapes)), strict=True)
-  return {name: 0.5 * jax.random.normal(k, shape) for (name, shape), k in keys}
+  return {name: jnp.asarray(0.5 * rng.normal(size=shape)) for name, shape in shapes.items()}
 
 
 def mlp(params: Params) -> VelocityFn:
@@ -78,7 +79,5 @@ def dit(**changes: Any) -> DiT:
 def random_params(network: nn.Module, image_shape: tuple[int, ...]) -> Params:
   """Parameters of which none is zero: at its own initialisation a DiT is the zero function."""
   shapes = jax.eval_shape(lambda: init_params(network, 0, image_shape))
-  leaves, structure = jax.tree.flatten(shapes)
-  keys = jax.random.split(jax.random.key(0), len(leaves))
-  draw = lambda key, leaf: 0.3 * jax.random.normal(key, leaf.shape, leaf.dtype)
-  return structure.unflatten(map(draw, keys, leaves))
+  rng = np.random.default_rng(0)
+  return jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype), shapes)

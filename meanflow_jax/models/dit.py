@@ -160,7 +160,9 @@ class DiT(nn.Module):
       raise ValueError(f"an image of {height} x {columns} does not divide into patches of {p}")
     rows, columns = height // p, columns // p
     patches = z.reshape(batch, rows, p, columns, p, channels).swapaxes(2, 3)
-    x = _dense(self.width, self.dtype, "patch_embedder")(patches.reshape(batch, rows * columns, p * p * channels))
+    x = _dense(self.width, self.dtype, "patch_embedder")(
+      patches.reshape(batch, rows * columns, p * p * channels)
+    )
     if self.positions == "learned":
       shape = (rows * columns, self.width)
       positions = self.param("positions", nn.initializers.normal(0.02), shape)

@@ -14,7 +14,7 @@ _GAP = 1
 
 def grid(
   images: UInt8[np.ndarray, "N H W C"], labels: Int[np.ndarray, "N"]
-) -> UInt8[np.ndarray, "h w C"]:
+) -> UInt8[np.ndarray, "h w c"]:
   """Tiles images: one row per class where all classes have as many, else nearly a square.
 
   Small images are enlarged by whole factors; white lines separate them. Of latents, the first

@@ -35,7 +35,9 @@ class TensorBoardWriter:
   """TensorBoard event files; a resumed run hides what an earlier one wrote beyond its step."""
 
   def __init__(self, directory: pathlib.Path, first_step: int):
-    self._writer = tensorboardX.SummaryWriter(str(directory), purge_step=first_step + 1)
+    self._writer = tensorboardX.SummaryWriter(
+      str(directory), purge_step=first_step + 1, flush_secs=10
+    )
 
   def write_scalars(self, step: int, scalars: Scalars) -> None:
     """Records numbers."""
@@ -62,26 +64,31 @@ class JsonLinesWriter:
     kept = []
     if path.exists():
       kept = [line for line in path.read_text().splitlines() if _step_of(line) <= first_step]
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text("".join(f"{line}\n" for line in kept))
-    os.replace(partial, path)
-    self._file = path.open("a")
+    _write_whole(path, "".join(f"{line}\n" for line in kept))
+    self._path = path
 
   def write_scalars(self, step: int, scalars: Scalars) -> None:
     """Records numbers."""
-    self._file.write(json.dumps({"step": step, **scalars}) + "\n")
-    self._file.flush()
+    with self._path.open("a") as file:
+      file.write(json.dumps({"step": step, **scalars}) + "\n")
 
   def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
     """Images have no place in a text file."""
 
   def flush(self) -> None:
-    """Every line is flushed when it is written."""
+    """Every line is on disk when it is written."""
+
+
+def _write_whole(path: pathlib.Path, text: str) -> None:
+  """A kill leaves the old file or the new one, never a part."""
+  partial = path.with_name(f"{path.name}.partial")
+  partial.write_text(text)
+  os.replace(partial, path)
 
 
 def _step_of(line: str) -> float:
   try:
-    return json.loads(line)["step"]
+    return float(json.loads(line)["step"])
   except (ValueError, KeyError):
     return math.inf  # a line that a kill cut short
 
@@ -186,14 +193,14 @@ def open_writer(
   """
   if jax.process_index() != 0:
     return MultiWriter([])
-  (workdir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-  writers: list[Writer] = [
-    ConsoleWriter(total_steps, _ONLY_IN_PLOTS),
-    JsonLinesWriter(workdir / "metrics.jsonl", first_step),
-    TensorBoardWriter(workdir / "tensorboard", first_step),
-  ]
+  # First what may fail, so that it leaves everything as it was.
+  writers: list[Writer] = []
   if wandb_project:
     writers.append(WandbWriter(wandb_project, config, workdir))
+  _write_whole(workdir / "config.json", json.dumps(config, indent=2) + "\n")
+  writers.append(ConsoleWriter(total_steps, _ONLY_IN_PLOTS))
+  writers.append(JsonLinesWriter(workdir / "metrics.jsonl", first_step))
+  writers.append(TensorBoardWriter(workdir / "tensorboard", first_step))
   return MultiWriter(writers)
 
 

@@ -1,0 +1,359 @@
+"""Runs from end to end: what they leave behind, and that no interruption changes it."""
+
+import contextlib
+import itertools
+import json
+import pathlib
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from meanflow_jax import build, evaluate, sample, train
+from meanflow_jax.data.sources import Digits, Source
+from meanflow_jax.data.transforms import Example
+from meanflow_jax.runtime.reporting import NonFiniteError, Report
+from tests.runs import (
+  assert_bitwise_equal,
+  assert_close,
+  comparable,
+  devices,
+  finish,
+  logged,
+  mesh_of,
+  saved_state,
+  start,
+  tiny,
+)
+
+
+class Whole(NamedTuple):
+  """A run that nothing disturbed: eight steps, saved at 4 and 8."""
+
+  mesh: tuple[int, int]
+  workdir: pathlib.Path
+
+
+MANY, ONE = (2, 4), (1, 1)
+on_many = pytest.mark.parametrize("whole", [MANY], indirect=True)
+
+
+@pytest.fixture(scope="module", params=[MANY, ONE], ids=str)
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+  workdir = tmp_path_factory.mktemp("whole") / "run"
+  with devices(*request.param):
+    train.run(tiny(), workdir)
+  return Whole(request.param, workdir)
+
+
+def names(folder: pathlib.Path) -> list[str]:
+  return sorted(path.name for path in folder.iterdir())
+
+
+@on_many
+def test_a_run_leaves_everything_where_others_look_for_it(whole: Whole) -> None:
+  assert names(whole.workdir) == [
+    "checkpoints",
+    "config.json",
+    "figures",
+    "metrics.jsonl",
+    "samples",
+    "tensorboard",
+  ]
+  assert names(whole.workdir / "checkpoints") == ["4", "8"]
+  assert names(whole.workdir / "samples") == ["step_0000004.png", "step_0000008.png"]
+  assert json.loads((whole.workdir / "config.json").read_text()) == json.loads(tiny().to_json())
+  figures = json.loads((whole.workdir / "figures" / "step_0000008.json").read_text())
+  assert figures.keys() == {"step", "frechet_pixels_nfe1"}
+  with Image.open(whole.workdir / "samples" / "step_0000008.png") as image:
+    assert image.size == (2 * 34, 10 * 34)  # a row per class, 20 images of 32 x 32
+
+
+@on_many
+def test_a_run_logs_all_metrics(whole: Whole) -> None:
+  *lines, figures = logged(whole.workdir)
+  assert [line["step"] for line in lines] == [2, 4, 6, 8]
+  expected = {"step", "loss", "error", "velocity_error", "gradient_norm", "parameter_norm"}
+  speeds = {"learning_rate", "steps_per_second", "images_per_second", "eta"}
+  assert all(line.keys() == expected | speeds for line in lines)
+  assert figures.keys() == {"step", "frechet_pixels_nfe1"}
+  # Warm-up is over after 2 steps; the cosine falls to 0 at step 8.
+  rates = [5e-3] + [5e-3 * (1 + np.cos(np.pi * (step - 3) / 6)) for step in (4, 6, 8)]
+  np.testing.assert_allclose([line["learning_rate"] for line in lines], rates, rtol=1e-5)
+
+
+class CrashError(Exception):
+  """Not one that a run could see coming."""
+
+
+def crash() -> None:
+  raise CrashError
+
+
+@contextlib.contextmanager
+def after_step(step: int, action: Callable[[], Any]) -> Iterator[None]:
+  """Does something right after a step of a run in this process was dispatched."""
+  push = Report.push
+
+  def pushing(report: Report, number: int, metrics: Mapping[str, jax.Array]) -> None:
+    push(report, number, metrics)
+    if number == step:
+      action()
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(Report, "push", pushing)
+    yield
+
+
+def stop_and_save(workdir: pathlib.Path, mesh: tuple[int, int], step: int) -> None:
+  """Has a run told to stop in the middle."""
+  terminate = lambda: signal.raise_signal(signal.SIGTERM)
+  with devices(*mesh), after_step(step, terminate), pytest.raises(SystemExit) as caught:
+    train.run(tiny(), workdir)
+  assert caught.value.code == 143
+  assert names(workdir / "checkpoints")[-1] == str(step)
+
+
+def assert_same_run(workdir: pathlib.Path, whole: Whole) -> None:
+  """Nothing shows that a run was interrupted."""
+  assert_bitwise_equal(saved_state(workdir, 8), saved_state(whole.workdir, 8))
+  timeless = lambda line: {k: v for k, v in line.items() if k != "eta" and "second" not in k}
+  assert list(map(timeless, logged(workdir))) == list(map(timeless, logged(whole.workdir)))
+  grids = [path / "samples" / "step_0000008.png" for path in (workdir, whole.workdir)]
+  assert grids[0].read_bytes() == grids[1].read_bytes()
+
+
+def test_a_run_that_was_stopped_resumes_bitwise(whole: Whole, tmp_path: pathlib.Path) -> None:
+  stop_and_save(tmp_path, whole.mesh, 5)
+  with devices(*whole.mesh):
+    train.run(tiny(), tmp_path)
+  assert_same_run(tmp_path, whole)
+
+
+def test_a_run_that_crashed_resumes_bitwise(whole: Whole, tmp_path: pathlib.Path) -> None:
+  with devices(*whole.mesh):
+    with after_step(7, crash), pytest.raises(CrashError):
+      train.run(tiny(), tmp_path)
+    assert [line["step"] for line in logged(tmp_path)] == [2, 4, 6]
+    assert names(tmp_path / "checkpoints") == ["4"]
+    train.run(tiny(), tmp_path)
+  assert_same_run(tmp_path, whole)
+
+
+@on_many
+def test_a_finished_run_can_be_run_again(whole: Whole, tmp_path: pathlib.Path) -> None:
+  workdir = shutil.copytree(whole.workdir, tmp_path / "run")
+  with devices(*whole.mesh):
+    train.run(tiny(), workdir)
+  assert_bitwise_equal(saved_state(workdir, 8), saved_state(whole.workdir, 8))
+  assert names(workdir / "checkpoints") == ["4", "8"]
+
+
+def test_a_run_resumes_on_other_devices(whole: Whole, tmp_path: pathlib.Path) -> None:
+  stop_and_save(tmp_path, ONE if whole.mesh == MANY else MANY, 5)
+  with devices(*whole.mesh):
+    train.run(tiny(), tmp_path)
+  ours, theirs = (comparable(saved_state(path, 8)) for path in (tmp_path, whole.workdir))
+  assert_close(ours, theirs, rtol=1e-3)
+
+
+@on_many
+def test_sampling_draws_the_last_grid_of_training(
+  whole: Whole, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+  with devices(*whole.mesh):
+    sample.run(tiny(), whole.workdir, tmp_path / "grid.png")
+    sample.run(tiny({"sample.ema": 0.0, "sample.nfe": 2}), whole.workdir, tmp_path / "raw.png")
+  assert "20 images of step 8, 1 NFE" in capsys.readouterr().out
+  drawn = (tmp_path / "grid.png").read_bytes()
+  assert drawn == (whole.workdir / "samples" / "step_0000008.png").read_bytes()
+  assert drawn != (tmp_path / "raw.png").read_bytes()
+
+
+@on_many
+def test_evaluation_finds_the_figures_of_training(
+  whole: Whole, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+  workdir = shutil.copytree(whole.workdir, tmp_path / "run")
+  stored = workdir / "figures" / "step_0000008.json"
+  during_training = json.loads(stored.read_text())
+  stored.unlink()
+  with devices(*whole.mesh):
+    evaluate.run(tiny(), workdir)
+  assert json.loads(stored.read_text()) == during_training
+  figure = f"frechet_pixels_nfe1  {during_training['frechet_pixels_nfe1']:.4f}  (step 8, 32 images)"
+  assert figure in capsys.readouterr().out
+
+
+class Poisoned:
+  """The digits, one of which is not a number."""
+
+  num_classes = 10
+
+  def __init__(self, poison: np.ndarray):
+    self._digits, self._poison = Digits(split="train"), poison
+
+  def __len__(self) -> int:
+    return len(self._digits)
+
+  def __getitem__(self, index: int) -> Example:
+    example = self._digits[index]
+    if (example["image"] == self._poison).all():
+      return {**example, "image": np.full_like(example["image"], np.nan)}
+    return example
+
+
+def batch_of_step(step: int) -> dict[str, np.ndarray]:
+  source: Source = Digits(split="train")
+  batches = train.host_batches(tiny(), source, mesh_of(1, 1), 0)
+  return next(itertools.islice(batches, step - 1, None))
+
+
+@on_many
+def test_what_is_not_finite_stops_the_run_and_can_be_reproduced(
+  whole: Whole, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  good, expected = batch_of_step(6), batch_of_step(6)
+  expected["image"][3] = np.nan
+  with devices(*whole.mesh), monkeypatch.context() as patch:
+    patch.setattr(build, "source", lambda config: Poisoned(good["image"][3]))
+    with pytest.raises(NonFiniteError, match=r"step 6: .*error.*not finite") as caught:
+      train.run(tiny(), tmp_path)
+  folder = tmp_path / "nonfinite_step_0000006"
+  assert str(folder) in caught.value.__notes__[0]
+  with np.load(folder / "batch_of_process_0.npz") as batch:
+    np.testing.assert_array_equal(batch["image"], expected["image"])
+    np.testing.assert_array_equal(batch["label"], expected["label"])
+  facts = json.loads((folder / "step.json").read_text())
+  assert facts["step"] == 6
+  assert {"error", "gradient_norm", "loss"} <= set(facts["not_finite"])
+  assert facts["config"] == json.loads(tiny().to_json())
+  assert float(facts["metrics"]["parameter_norm"]) > 0
+  assert names(tmp_path / "checkpoints") == ["4"]
+  with devices(*whole.mesh):
+    train.run(tiny(), tmp_path)
+  assert_same_run(tmp_path, whole)
+
+
+# In processes of their own.
+
+LONG = {
+  "train.steps": 600,
+  "train.log_every": 10,
+  "train.checkpoint_every": 25,
+  "train.sample_every": 0,
+}
+
+
+class Ended(NamedTuple):
+  """How a process ended."""
+
+  status: int
+  output: str
+  errors: str
+
+
+def interrupt(workdir: pathlib.Path, number: signal.Signals, step: int) -> Ended:
+  """Runs on, and sends a signal at a random moment some time after a step."""
+  process = start(workdir, changes=LONG)
+  metrics = workdir / "metrics.jsonl"
+  while not (metrics.exists() and any(line["step"] >= step for line in finished_lines(metrics))):
+    assert process.poll() is None, process.communicate()
+    time.sleep(0.005)
+  time.sleep(random.uniform(0, 0.1))
+  process.send_signal(number)
+  return Ended(*finish(process))
+
+
+def finished_lines(path: pathlib.Path) -> list[dict[str, float]]:
+  return [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith("\n")]
+
+
+class Twins(NamedTuple):
+  """The same run undisturbed, and interrupted by each signal in turn."""
+
+  whole: pathlib.Path
+  interrupted: pathlib.Path
+  ends: dict[str, Ended]
+
+
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory: pytest.TempPathFactory) -> Twins:
+  folder = tmp_path_factory.mktemp("twins")
+  undisturbed = start(folder / "whole", changes=LONG)
+  ends = {
+    "SIGTERM": interrupt(folder / "interrupted", signal.SIGTERM, 50),
+    "SIGINT": interrupt(folder / "interrupted", signal.SIGINT, 150),
+    "SIGKILL": interrupt(folder / "interrupted", signal.SIGKILL, 250),
+    "none": Ended(*finish(start(folder / "interrupted", changes=LONG))),
+  }
+  ends["undisturbed"] = Ended(*finish(undisturbed))
+  return Twins(folder / "whole", folder / "interrupted", ends)
+
+
+@pytest.mark.slow
+def test_signals_end_a_run_as_a_shell_expects(twins: Twins) -> None:
+  statuses = {name: end.status for name, end in twins.ends.items()}
+  assert statuses == {"SIGTERM": 143, "SIGINT": 130, "SIGKILL": -9, "none": 0, "undisturbed": 0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "following"), [("SIGTERM", "SIGINT"), ("SIGINT", "SIGKILL")])
+def test_a_stopped_run_says_how_to_resume_and_does(twins: Twins, name: str, following: str) -> None:
+  said = twins.ends[name].output
+  assert f"{name}: stopped and saved at step " in said
+  step = said.split("saved at step ")[1].split(";")[0]
+  assert "main.py" in said.splitlines()[-1]
+  assert f"--workdir={twins.interrupted}" in said.splitlines()[-1]
+  assert f"steps {step} to 600" in twins.ends[following].output
+
+
+@pytest.mark.slow
+def test_a_killed_run_continues_from_its_newest_checkpoint(twins: Twins) -> None:
+  resumed = int(twins.ends["none"].output.split("steps ")[1].split(" to 600")[0])
+  assert resumed % 25 == 0
+  assert 200 <= resumed < 600
+
+
+@pytest.mark.slow
+def test_interruptions_change_not_one_bit(twins: Twins) -> None:
+  ours, theirs = (saved_state(path, 600) for path in (twins.interrupted, twins.whole))
+  assert_bitwise_equal(ours, theirs)
+  timeless = lambda line: {k: v for k, v in line.items() if k != "eta" and "second" not in k}
+  lines = list(map(timeless, logged(twins.interrupted)))
+  assert lines == list(map(timeless, logged(twins.whole)))
+  assert [line["step"] for line in lines] == [*range(10, 601, 10), 600]
+  assert names(twins.interrupted / "checkpoints") == ["575", "600"]
+
+
+@pytest.mark.slow
+def test_training_learns(twins: Twins) -> None:
+  errors = [line["error"] for line in logged(twins.whole) if "error" in line]
+  assert np.mean(errors[-10:]) < 0.5 * np.mean(errors[:3])
+  last = twins.ends["undisturbed"].output.splitlines()[-1]
+  assert str(twins.whole) in last
+  assert last.endswith("step_0000600.png")
+
+
+@pytest.mark.slow
+def test_the_other_modes_read_what_training_left(twins: Twins, tmp_path: pathlib.Path) -> None:
+  during_training = json.loads((twins.whole / "figures" / "step_0000600.json").read_text())
+  evaluation = start(twins.whole, "--mode=evaluate", changes=LONG)
+  out = tmp_path / "images.npz"
+  sampling = start(twins.whole, "--mode=sample", f"--out={out}", changes=LONG)
+  status, output, _ = finish(evaluation)
+  assert status == 0
+  assert f"frechet_pixels_nfe1  {during_training['frechet_pixels_nfe1']:.4f}  (step 600" in output
+  status, output, _ = finish(sampling)
+  assert status == 0
+  assert f"20 images of step 600, 1 NFE: {out}" in output
+  with np.load(out, allow_pickle=False) as stored:
+    assert (stored["arr_0"].shape, stored["arr_0"].dtype) == ((20, 8, 8, 1), np.uint8)
+    assert stored["arr_1"].tolist() == list(range(10)) * 2
