@@ -14,11 +14,11 @@ def get_config() -> ConfigDict:
   config.model.update(patch_size=2, depth=4, width=96, num_heads=3)
   config.model.update(positions="learned", time_frequencies=64, scan=False)
   config.method.times.equal_fraction = 0.5
-  config.method.guidance.omega = 1.5
+  config.method.guidance.update(omega=0.62, kappa=0.5)
   config.method.weight.c = 1e-3
   config.optimizer.update(learning_rate=2e-3, schedule="cosine", warmup_steps=100, b2=0.99)
   config.ema.update(decays=(0.999,), ramp=True)
-  config.train.update(batch_size=64, steps=3_000, log_every=100)
-  config.train.update(checkpoint_every=1_000, sample_every=1_000)
+  config.train.update(batch_size=64, steps=1_700, log_every=100)
+  config.train.update(checkpoint_every=500, sample_every=500)
   config.sample.ema = 0.999
   return config
