@@ -3,10 +3,12 @@
 Any key of the config is a flag: --config.train.steps=1000.
 """
 
+import logging
 import pathlib
 import sys
 
-from absl import app, flags, logging
+import absl.logging
+from absl import app, flags
 
 from meanflow_jax import command_line, evaluate, sample, train
 from meanflow_jax.build import UserError
@@ -22,7 +24,9 @@ OUT = flags.DEFINE_string("out", None, "--mode=sample: the .png or .npz to write
 
 def main(_: list[str]) -> None:
   """Runs one mode; the user's mistakes end it with a message, no traceback."""
-  logging.set_verbosity(logging.WARNING)  # Orbax tells every file it touches
+  # Orbax tells every file it touches.
+  absl.logging.set_verbosity(absl.logging.ERROR)
+  logging.getLogger("meanflow_jax").setLevel(logging.WARNING)
   workdir = pathlib.Path(WORKDIR.value).expanduser()
   try:
     if MODE.value == "train":

@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
   config.method.weight.c = 1e-3
   config.optimizer.update(learning_rate=2e-3, schedule="cosine", warmup_steps=100, b2=0.99)
   config.ema.update(decays=(0.999,), ramp=True)
-  config.train.update(batch_size=64, steps=1_700, log_every=100)
+  config.train.update(batch_size=64, steps=1_900, log_every=100)
   config.train.update(checkpoint_every=500, sample_every=500)
   config.sample.ema = 0.999
   return config

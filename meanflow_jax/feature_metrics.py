@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 ROUNDING = 1e-13
 
 FeatureSet = Float[np.ndarray, "N F"]
+OtherSet = Float[np.ndarray, "M G"]  # G = F, which is checked
 
 
 class Estimate(NamedTuple):
@@ -60,7 +61,7 @@ def _split_score(logits: Float[np.ndarray, "N K"]) -> float:
 
 
 def kid(
-  a: FeatureSet, b: FeatureSet, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
+  a: FeatureSet, b: OtherSet, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
 ) -> Estimate:
   """The kernel inception distance over random subsets (arXiv 1801.01401, section 4).
 
@@ -92,7 +93,7 @@ def _squared_discrepancy(a: FeatureSet, b: FeatureSet) -> float:
 
 
 def precision_recall(
-  real: FeatureSet, generated: FeatureSet, *, k: int = 3, block: int = 1000
+  real: FeatureSet, generated: OtherSet, *, k: int = 3, block: int = 1000
 ) -> PrecisionRecall:
   """Improved precision and recall (arXiv 1904.06991, eq. 1 and 2).
 
@@ -118,7 +119,7 @@ def precision_recall(
   )
 
 
-def _within(points: FeatureSet, manifold: FeatureSet, k: int, block: int) -> Bool[np.ndarray, "M"]:
+def _within(points: OtherSet, manifold: FeatureSet, k: int, block: int) -> Bool[np.ndarray, "M"]:
   """Which points lie within a manifold."""
   radii = np.concatenate(
     [
@@ -131,8 +132,8 @@ def _within(points: FeatureSet, manifold: FeatureSet, k: int, block: int) -> Boo
 
 
 def _squared_distances(
-  a: FeatureSet, b: FeatureSet, block: int
-) -> Iterator[Float[np.ndarray, "M N"]]:
+  a: OtherSet, b: FeatureSet, block: int
+) -> Iterator[Float[np.ndarray, "R N"]]:
   """The squared distances of some rows of `a` after the other to all of `b`."""
   norms = np.einsum("nf,nf->n", b, b)[None]
   for start in range(0, len(a), block):
@@ -142,14 +143,14 @@ def _squared_distances(
     yield np.where(distances > ROUNDING * scale, distances, 0)
 
 
-def _check_pair(a: FeatureSet, b: FeatureSet) -> None:
+def _check_pair(a: FeatureSet, b: OtherSet) -> None:
   if a.shape[1] != b.shape[1]:
     raise ValueError(f"features of {a.shape[1]} and of {b.shape[1]} numbers cannot be compared")
   for features in (a, b):
     _check_finite("feature vectors", features)
 
 
-def _check_finite(what: str, rows: Float[np.ndarray, "N F"]) -> None:
+def _check_finite(what: str, rows: FeatureSet) -> None:
   bad = np.count_nonzero(~np.isfinite(rows).all(axis=1))
   if bad:
     raise ValueError(f"{bad} of {len(rows)} {what} are not finite")

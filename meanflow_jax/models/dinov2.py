@@ -34,7 +34,8 @@ def preprocess(images: UInt8[Array, "B H W 3"]) -> Float[Array, "B h w 3"]:
   """Resizes to 224 x 224 and normalises, as FD-DINOv2's reference does (arXiv 2306.04675).
 
   Bicubic is Pillow's: Keys' kernel with a = -0.5, widened when it shrinks (so that it does not
-  alias), along rows and then along columns, and rounded to 8 bits after each.
+  alias), along rows and then along columns, and rounded to 8 bits after each. (Since version 13,
+  Pillow begins with the columns where an image is tall; the reference is older.)
   """
   batch, height = images.shape[:2]
   x = images.astype(jnp.float32)

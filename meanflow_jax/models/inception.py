@@ -275,25 +275,35 @@ def _check_tensors(
 
 
 # Conventions: from an image to the network's input. Figures under one cannot be compared with
-# figures under the other.
+# figures under another.
 
 
 def pytorch_inputs(images: Pixels) -> Inputs:
-  """pytorch-fid's: bilinear with half-pixel centres, without antialiasing, then to [-1, 1]."""
+  """pytorch-fid's: bilinear with half-pixel centres, without antialiasing, then 2 x - 1."""
   return 2 * _resize(images / 255, half_pixel=True) - 1
 
 
 def tensorflow_inputs(images: Pixels) -> Inputs:
-  """The original graph's, also ADM's and MeanFlow's: TensorFlow 1's resize, (x - 128) / 128.
+  """The original graph's, and ADM's (arXiv 2105.05233): TensorFlow 1's resize, (x - 128) / 128.
 
   That resize reads the source at destination * scale: nothing is centred.
   """
   return (_resize(images, half_pixel=False) - 128) / 128
 
 
+def meanflow_inputs(images: Pixels) -> Inputs:
+  """MeanFlow's reference implementation's: half-pixel centres, yet (x - 128) / 128.
+
+  It means to resize as TensorFlow 1, by shifting a grid by half a pixel, but its copy of that
+  code discards the shift (github.com/Gsunshine/meanflow, utils/jax_fid/resize.py).
+  """
+  return (_resize(images, half_pixel=True) - 128) / 128
+
+
 CONVENTIONS: dict[str, Callable[[Pixels], Inputs]] = {
   "pytorch": pytorch_inputs,
   "tensorflow": tensorflow_inputs,
+  "meanflow": meanflow_inputs,
 }
 
 
