@@ -34,6 +34,7 @@ setup(
     "optax>=0.2.6",
     "orbax-checkpoint>=0.11.25",
     "pillow>=10.0",
+    "safetensors>=0.4",
     "scikit-learn>=1.4",
     "tensorboardX>=2.6",
     "tensorflow-datasets>=4.9.7",

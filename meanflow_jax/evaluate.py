@@ -22,7 +22,7 @@ from meanflow_jax.data.sources import Source
 from meanflow_jax.generate import Generator
 from meanflow_jax.methods.meanflow import MeanFlow
 from meanflow_jax.methods.sampler import time_grid
-from meanflow_jax.metrics import Moments, frechet_distance
+from meanflow_jax.metrics.moments import Moments, frechet_distance
 from meanflow_jax.train_step import model_image
 
 

@@ -13,6 +13,8 @@ from tests.fill import filled
 Golden = dict[str, np.ndarray]
 Comparison = tuple[str, np.ndarray, np.ndarray]
 
+TOLERANCE = 2e-5
+
 
 def recognises(golden: Golden, meta: dict[str, Any]) -> bool:
   del meta

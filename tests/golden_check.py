@@ -13,10 +13,9 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
-from tests import golden_meanflow
+from tests import golden_autoencoder, golden_dinov2, golden_inception, golden_meanflow
 
-KINDS = (golden_meanflow,)
-TOLERANCE = 2e-5
+KINDS = (golden_meanflow, golden_autoencoder, golden_dinov2, golden_inception)
 
 
 def main(paths: list[str]) -> int:
@@ -37,7 +36,7 @@ def check(path: pathlib.Path) -> bool:
   good = True
   for name, ours, reference in kind.check(golden, meta):
     error = relative_error(ours, reference)
-    passed = error <= TOLERANCE  # False for NaN
+    passed = error <= kind.TOLERANCE  # False for NaN
     good &= passed
     print(f"{'ok  ' if passed else 'FAIL'} {error:9.2e}  {path.name}  {name}")
   return good

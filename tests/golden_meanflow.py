@@ -18,6 +18,8 @@ from meanflow_jax.models.dit import DiT
 Golden = dict[str, np.ndarray]
 Comparison = tuple[str, np.ndarray, np.ndarray]
 
+TOLERANCE = 2e-5
+
 
 def recognises(golden: Golden, meta: dict[str, Any]) -> bool:
   """Whether a golden file is one of these."""

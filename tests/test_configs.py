@@ -13,7 +13,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import base
-from meanflow_jax import build
+from meanflow_jax import build, command_line
 from meanflow_jax.data.sources import Digits
 from meanflow_jax.evaluate import make_evaluator
 from tests.runs import mesh_of
@@ -251,6 +251,17 @@ def test_a_wrong_flag_is_named_and_nothing_starts(flag, message):
   assert message in done.stderr
   assert "Traceback" not in done.stderr
   assert not done.stdout
+
+
+def test_every_source_has_a_section_that_only_it_reads():
+  config = base.get_config()
+  config.data.source = "none"
+  for section, keys in config.data.items():
+    for key in keys if isinstance(keys, ConfigDict) else ():
+      assert command_line.unread(config, [f"data.{section}.{key}"])
+      config.data.source = section
+      assert not command_line.unread(config, [f"data.{section}.{key}"])
+      config.data.source = "none"
 
 
 def test_flags_override_every_kind_of_value():

@@ -136,6 +136,14 @@ def test_bfloat16_is_close_to_float32_and_not_equal():
   assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
 
 
+def test_all_products_but_those_of_times_are_in_bfloat16():
+  shapes, network = shapes_and_network(dtype="bfloat16")
+  program = jax.jit(network.apply).lower({"params": shapes}, *inputs()).as_text()
+  products = [line for line in program.splitlines() if "dot_general" in line]
+  single = [line for line in products if "xf32>, tensor<" in line]
+  assert len(single) == 2 * 2 < len(products)  # two layers for each of two times
+
+
 def test_a_checkpoint_does_not_depend_on_how_the_network_is_computed():
   expected, _ = shapes_and_network()
   assert {leaf.dtype for leaf in jax.tree.leaves(expected)} == {jnp.dtype("float32")}
@@ -271,6 +279,25 @@ def test_patches_mix_in_the_attention_alone(attends):
   same = np.eye(6, dtype=bool)
   assert (response[same] > 1e-2).all()
   assert (response[~same] > 1e-5).all() if attends else not response[~same].any()
+
+
+def test_each_gate_opens_its_branch():
+  network = tiny.dit(depth=1)
+  params = tiny.random_params(network, IMAGE)
+
+  @tiny.jit
+  def slopes(gates: jax.Array) -> dict[str, jax.Array]:
+    modulation = {"kernel": jnp.zeros((1, 16, 96)), "bias": jnp.repeat(gates, 16)[None]}
+    block = params["blocks"] | {"modulation": modulation}
+    loss = lambda block: network.apply({"params": params | {"blocks": block}}, *inputs()).sum()
+    return jax.tree.map(lambda x: jnp.abs(x).max(), jax.grad(loss)(block))
+
+  # Shift, scale and gate of the attention, then of the perceptron.
+  for place, branch in ((2, "attention"), (5, "mlp")):
+    for name, layer in slopes(jnp.zeros(6).at[place].set(1)).items():
+      if name != "modulation":
+        moves = max(float(x) for x in jax.tree.leaves(layer))
+        assert moves > 1e-2 if name.startswith(branch) else moves == 0
 
 
 def test_positions_tell_equal_patches_apart():

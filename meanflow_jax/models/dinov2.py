@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, UInt8
 
 from meanflow_jax.arrays import Image
 from meanflow_jax.kernels import attention
-from meanflow_jax.models.autoencoder import Params, Tensors, read_tensors, renamed
+from meanflow_jax.models.torch_layout import Params, Tensors, read_tensors, renamed
 
 Tokens = Float[Array, "B N E"]
 Feature = Float[Array, "B E"]

@@ -15,8 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num
 
-from meanflow_jax.arrays import Image
-
 SIDE = 299
 CLASSES = 1008
 SPATIAL_CHANNELS = 7
@@ -25,6 +23,7 @@ BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
 
 Pixels = Num[Array, "B H W 3"]  # the values of 8-bit images, 0 to 255, whatever their dtype
 Inputs = Float[Array, "B 299 299 3"]
+Maps = Float[Array, "B _ _ _"]  # NHWC
 Params = dict[str, dict[str, Float[np.ndarray, "..."]]]
 
 
@@ -166,7 +165,7 @@ NETWORK: tuple[Step, ...] = (
 )
 
 
-def average_pool(x: Image) -> Image:
+def average_pool(x: Maps) -> Maps:
   """The mean of the 3 x 3 pixels around each; at the border, of those that there are."""
   return nn.avg_pool(x, (3, 3), padding="SAME", count_include_pad=False)
 
@@ -196,7 +195,7 @@ class Inception(nn.Module):
       logits_without_bias=logits - fc.variables["params"]["bias"][None],
     )
 
-  def _apply(self, step: Step, x: Image, prefix: str = "") -> Image:
+  def _apply(self, step: Step, x: Maps, prefix: str = "") -> Maps:
     """Applies a step; the names of weights start with those of the blocks around them."""
     match step:
       case Conv(name, features, kernel, stride, padding):
@@ -210,7 +209,7 @@ class Inception(nn.Module):
         outputs = [self._apply_all(branch, x, prefix) for branch in branches]
         return jnp.concatenate(outputs, axis=-1)
 
-  def _apply_all(self, steps: tuple[Step, ...], x: Image, prefix: str) -> Image:
+  def _apply_all(self, steps: tuple[Step, ...], x: Maps, prefix: str) -> Maps:
     for step in steps:
       x = self._apply(step, x, prefix)
     return x
@@ -279,8 +278,8 @@ def _check_tensors(
 
 
 def pytorch_inputs(images: Pixels) -> Inputs:
-  """pytorch-fid's: bilinear with half-pixel centres, without antialiasing, then 2 x - 1."""
-  return 2 * _resize(images / 255, half_pixel=True) - 1
+  """pytorch-fid's: bilinear with half-pixel centres, no antialiasing, then 2 x / 255 - 1."""
+  return _resize(images, half_pixel=True) / 127.5 - 1
 
 
 def tensorflow_inputs(images: Pixels) -> Inputs:

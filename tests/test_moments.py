@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from meanflow_jax.metrics import Moments, frechet_distance
+from meanflow_jax.metrics.moments import Moments, frechet_distance
 
 RNG = np.random.default_rng(0)
 FEATURES = RNG.normal(size=(200, 6)) @ RNG.normal(size=(6, 6)) + 1e3 * RNG.normal(size=6)

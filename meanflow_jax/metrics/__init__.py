@@ -1,0 +1,1 @@
+"""Figures of merit: pure numpy, no devices, no files."""
