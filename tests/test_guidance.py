@@ -124,3 +124,10 @@ def test_impossible_dropout_is_refused():
       LabelDropout(rate, "all")
   with pytest.raises(ValueError, match="droppable rows must be one of"):
     LabelDropout(0.1, "some")
+
+
+def test_all_rows_with_equal_times_may_drop_their_label_whatever_the_rounding():
+  for size in range(1, 65):
+    for first in range(1, size + 1):
+      rate, rows = first / size, RowGroups(size, first)
+      assert LabelDropout(rate, "equal").probability(rows) == 1

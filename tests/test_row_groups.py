@@ -73,3 +73,16 @@ def test_a_batch_of_broken_groups_is_refused(use):
     use(RowGroups(size=4, first=1), 6)
   with pytest.raises(ValueError, match="groups of 4"):
     RowGroups(size=4, first=1).split(jnp.arange(6))
+
+
+@pytest.mark.parametrize("fraction", [0.999, 0.001, 0.67])
+def test_a_fraction_is_never_rounded_to_another(fraction):
+  with pytest.raises(ValueError, match=f"{fraction} of the rows"):
+    RowGroups.from_fraction(fraction)
+
+
+@pytest.mark.parametrize(
+  ("fraction", "size", "first"), [(0.333, 3, 1), (0.75, 4, 3), (63 / 64, 64, 63)]
+)
+def test_digits_that_nobody_types_are_not_asked_for(fraction, size, first):
+  assert RowGroups.from_fraction(fraction) == RowGroups(size, first)

@@ -84,12 +84,13 @@ class LabelDropout:
     """
     if self.rate == 0 or self.droppable == "all":
       return self.rate
-    if self.rate * rows.size > rows.first:
+    share = rows.first / rows.size
+    if self.rate > share:
       raise ValueError(
         f"label dropout of {self.rate} of all rows exceeds the rows with r = t "
         f"({rows.first} of {rows.size}): lower the rate or let all rows drop their label"
       )
-    return self.rate * rows.size / rows.first
+    return self.rate / share
 
   def __call__(self, key: PRNGKey, y: Label, rows: RowGroups) -> Mask:
     """Draws which rows drop their label [B]."""

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 _LARGEST_GROUP = 64
+_TOLERANCE = 5e-4  # so that 0.333 is a third
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +28,16 @@ class RowGroups:
     """The smallest groups in which the given fraction of the rows comes first.
 
     Raises:
-      ValueError: if `fraction` is outside [0, 1].
+      ValueError: if `fraction` is outside [0, 1], or takes groups of more than 64 rows.
     """
     if not 0 <= fraction <= 1:
       raise ValueError(f"a fraction of rows must lie in [0, 1], got {fraction}")
     exact = fractions.Fraction(fraction).limit_denominator(_LARGEST_GROUP)
+    if abs(exact - fraction) > _TOLERANCE or (exact in (0, 1) and exact != fraction):
+      raise ValueError(
+        f"{fraction} of the rows is no whole number in groups of at most {_LARGEST_GROUP}; "
+        f"the nearest that is: {exact} = {float(exact):.4f}"
+      )
     return cls(size=exact.denominator, first=exact.numerator)
 
   @property
