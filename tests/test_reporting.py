@@ -245,7 +245,7 @@ def test_the_console_shows_a_line(capsys: pytest.CaptureFixture[str]) -> None:
   scalars = {"error": 0.123456, "learning_rate": 1e-3, "images_per_second": 12345.6, "eta": 3725.4}
   writer.write_scalars(20, scalars)
   assert capsys.readouterr().out == (
-    "step   20/3000  error 0.1235  images_per_second 1.235e+04  eta 1:02:05\n"
+    "step   20/3000  error 0.1235  images_per_second 12346  eta 1:02:05\n"
   )
   writer.write_images(20, {"samples": np.zeros((1, 2, 2, 1), np.uint8)})
   assert not capsys.readouterr().out

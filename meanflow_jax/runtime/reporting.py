@@ -116,7 +116,7 @@ def _short(name: str, value: float) -> str:
   if name == "eta":
     minutes, seconds = divmod(round(value), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
-  return f"{value:.4g}"
+  return f"{value:.0f}" if 1000 <= value < 1e6 else f"{value:.4g}"
 
 
 class WandbWriter:
