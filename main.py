@@ -39,6 +39,9 @@ def main(_: list[str]) -> None:
       sample.run(CONFIG.value, workdir, pathlib.Path(OUT.value).expanduser())
   except (UserError, CheckpointError, NonFiniteError, UnreadableImageError) as error:
     sys.exit("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]))
+  except KeyboardInterrupt:
+    print("interrupted; the same command continues from the newest checkpoint", file=sys.stderr)
+    sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def get_config() -> ConfigDict:
   times.mean, times.std = -0.4, 1.0  # of logit t (logit_normal)
   times.r_mean, times.r_std = -0.4, 1.0  # of logit r (logit_normal)
   times.pairing = "sorted"  # sorted: t = max, r = min | clipped: r = min(r, t)
-  times.equal_fraction = 0.75  # of rows with r = t; 1: plain flow matching
+  times.equal_fraction = 0.75  # of rows with r = t; 1 (and clipped): flow matching
   method.guidance = guidance = ConfigDict()  # effective scale: omega / (1 - kappa)
   guidance.omega, guidance.kappa = 1.0, 0.0
   guidance.t_start, guidance.t_end = 0.0, 1.0  # where in t guidance is on

@@ -5,6 +5,7 @@ real step for it on any CPU and prints the compiler's figures, of one chip. The 
 body of a scan once, so there the layers are unrolled.
 """
 
+import sys
 import time
 
 import jax
@@ -19,13 +20,37 @@ from meanflow_jax.runtime.topology import tpu_devices
 from meanflow_jax.train_step import Batch, TrainStep
 
 CONFIG = command_line.define_config()
-BATCH = flags.DEFINE_integer("batch", None, "Images per device; by default, the config's share.")
+BATCH = flags.DEFINE_integer(
+  "batch", None, "Images per device; by default, the config's share.", lower_bound=1
+)
 STEPS = flags.DEFINE_integer("steps", 20, "Steps to time.", lower_bound=1)
 TOPOLOGY = flags.DEFINE_string("topology", None, "A TPU slice to compile for, as v5p:2x2x1.")
 
 
 def main(_: list[str]) -> None:
   """Prints the figures."""
+  try:
+    with build.explaining_mistakes():
+      config, train_step, mesh = prepare()
+  except build.UserError as error:
+    sys.exit(f"error: {error}")
+  device = mesh.devices.flat[0].device_kind
+  figures = {
+    "batch": f"{config.train.batch_size} on {mesh.size} x {device}",
+    "model": f"{model_flops(train_step) / 1e9:.2f} GFLOP/image, "
+    f"{train_step.method.forward_passes:g} forward passes",
+  }
+  measure = compiled_figures if TOPOLOGY.value else measured_figures
+  for name, value in (figures | measure(config, train_step, mesh)).items():
+    print(f"{name:16} {value}")
+
+
+def prepare() -> tuple[ConfigDict, TrainStep, Mesh]:
+  """What the flags ask for.
+
+  Raises:
+    ValueError: a mistake in the config, or no such topology.
+  """
   config = CONFIG.value
   devices = tpu_devices(TOPOLOGY.value) if TOPOLOGY.value else jax.devices()
   if BATCH.value:
@@ -33,15 +58,8 @@ def main(_: list[str]) -> None:
   if TOPOLOGY.value:
     config.model.scan = False
   mesh = make_mesh(**config.mesh, devices=devices)
-  method, network = build.method(config), build.network(config, mesh)
-  train_step = build.train_step(config, network, method, mesh)
-  figures = {
-    "batch": f"{config.train.batch_size} on {mesh.size} x {devices[0].device_kind}",
-    "model": f"{model_flops(train_step) / 1e9:.2f} GFLOP/image, {method.forward_passes:g} passes",
-  }
-  measure = compiled_figures if TOPOLOGY.value else measured_figures
-  for name, value in (figures | measure(config, train_step, mesh)).items():
-    print(f"{name:16} {value}")
+  network, method = build.network(config, mesh), build.method(config)
+  return config, build.train_step(config, network, method, mesh), mesh
 
 
 def measured_figures(config: ConfigDict, train_step: TrainStep, mesh: Mesh) -> dict[str, str]:

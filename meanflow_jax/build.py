@@ -54,6 +54,11 @@ def source(config: ConfigDict) -> Source:
     ValueError: an unknown source, or images or classes other than the config says.
   """
   data = config.data
+  if data.threads < 0 or data.prefetch < 1 or config.seed < 0:
+    raise ValueError(
+      "seed and data.threads must be 0 or more and data.prefetch at least 1, "
+      f"got {config.seed}, {data.threads} and {data.prefetch}"
+    )
   size = {"image_size": data.image_size, "channels": data.channels}
   make = {
     "digits": lambda: sources.Digits(**data.digits),
@@ -95,7 +100,7 @@ def network(config: ConfigDict, mesh: Mesh) -> nn.Module:
   Raises:
     ValueError: if the image does not divide into patches, or the model's sizes do not fit.
   """
-  if config.data.image_size % config.model.patch_size:
+  if config.model.patch_size < 1 or config.data.image_size % config.model.patch_size:
     raise ValueError(
       f"data.image_size {config.data.image_size} is not divisible by model.patch_size "
       f"{config.model.patch_size}"
@@ -107,7 +112,7 @@ def method(config: ConfigDict) -> MeanFlow:
   """The method of `config.method`.
 
   Raises:
-    ValueError: an impossible setting, or guidance of an unconditional model.
+    ValueError: an impossible setting, or guidance without a class to leave out or to have left out.
   """
   settings = config.method
   made = MeanFlow(
@@ -121,6 +126,11 @@ def method(config: ConfigDict) -> MeanFlow:
     raise ValueError(
       "an unconditional model (data.num_classes = 0) takes no guidance and drops no labels: set "
       "method.guidance.omega to 1, method.guidance.kappa and method.label_dropout.rate to 0"
+    )
+  if made.guidance.needs_unconditional and not made.label_dropout.rate:
+    raise ValueError(
+      "guidance takes the velocity without a class, which only rows with a dropped label teach: "
+      "set method.label_dropout.rate above 0 (0.1 is usual)"
     )
   return made
 
@@ -245,8 +255,17 @@ def identity(config: ConfigDict) -> dict[str, dict[str, object]]:
 
 
 def checkpoints(config: ConfigDict, workdir: pathlib.Path, *, read_only: bool) -> Checkpoints:
-  """The checkpoints of a workdir."""
+  """The checkpoints of a workdir.
+
+  Raises:
+    ValueError: if none would be kept.
+  """
   settings = config.checkpoint
+  if settings.keep_latest < 1 or settings.keep_every < 0:
+    raise ValueError(
+      "checkpoint.keep_latest must be at least 1 and checkpoint.keep_every 0 or more, "
+      f"got {settings.keep_latest} and {settings.keep_every}"
+    )
   return Checkpoints(
     workdir / "checkpoints",
     keep_latest=settings.keep_latest,

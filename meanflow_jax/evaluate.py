@@ -23,6 +23,7 @@ from meanflow_jax.generate import Generator
 from meanflow_jax.methods.meanflow import MeanFlow
 from meanflow_jax.methods.sampler import time_grid
 from meanflow_jax.metrics.moments import Moments, frechet_distance
+from meanflow_jax.runtime.reporting import write_whole
 from meanflow_jax.train_step import model_image
 
 
@@ -92,6 +93,8 @@ def make_evaluator(
     ValueError: an impossible setting.
   """
   settings = config.evaluate
+  if settings.count and not settings.nfe:
+    raise ValueError("evaluate.nfe is empty: name at least one number of function evaluations")
   if settings.count == 1 or settings.count < 0 or settings.resolution < 1:
     raise ValueError(
       "evaluate.count must be 0 or at least 2 and evaluate.resolution at least 1, "
@@ -103,11 +106,15 @@ def make_evaluator(
   return Evaluator(generators, source, count=settings.count, resolution=settings.resolution)
 
 
-def write_figures(workdir: pathlib.Path, step: int, figures: dict[str, float]) -> pathlib.Path:
-  """Stores the figures of a checkpoint as JSON; returns where."""
+def write_figures(
+  config: ConfigDict, workdir: pathlib.Path, step: int, figures: dict[str, float]
+) -> pathlib.Path:
+  """Stores the figures of a checkpoint, and how its images were made, as JSON; returns where."""
   path = workdir / "figures" / f"step_{step:07d}.json"
   path.parent.mkdir(exist_ok=True)
-  path.write_text(json.dumps({"step": step, **figures}, indent=2) + "\n")
+  settings = {key: config.sample[key] for key in ("labels", "seed", "ema")}
+  record = {"step": step, **figures, "count": config.evaluate.count, **settings}
+  write_whole(path, json.dumps(record, indent=2) + "\n")
   return path
 
 
@@ -125,4 +132,4 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
   for name, value in figures.items():
     print(f"{name}  {value:.4f}  (step {step}, {config.evaluate.count} images)")
   if jax.process_index() == 0:
-    print(f"stored in {write_figures(workdir, step, figures)}")
+    print(f"stored in {write_figures(config, workdir, step, figures)}")

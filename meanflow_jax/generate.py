@@ -15,10 +15,9 @@ from jaxtyping import Array, Float, Int, PyTree, UInt8
 from meanflow_jax.arrays import Image, Label, PRNGKey
 from meanflow_jax.methods.sampler import StepFn, sample
 from meanflow_jax.runtime.mesh import replicated, rows_sharding
-from meanflow_jax.train_step import velocity_fn
+from meanflow_jax.train_step import Purpose, stream, velocity_fn
 
 LABEL_RULES = ("balanced", "random", "one")
-_NOISE, _LABEL = 0, 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,9 +91,8 @@ class Generator:
     return sample(self.step, velocity_fn(self.network, params), noise, y, self.grid), y
 
   def _noise_and_label(self, index: Int[Array, ""]) -> tuple[Float[Array, "H W C"], Array]:
-    key = jax.random.fold_in(jax.random.key(self.seed), index)
-    noise = jax.random.normal(jax.random.fold_in(key, _NOISE), self.image_shape)
-    return noise, self.labels(jax.random.fold_in(key, _LABEL), index)
+    noise = jax.random.normal(stream(self.seed, Purpose.SAMPLE_NOISE, index), self.image_shape)
+    return noise, self.labels(stream(self.seed, Purpose.SAMPLE_LABEL, index), index)
 
   def batches(
     self, params: PyTree, count: int

@@ -54,31 +54,36 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     evaluator = evaluate.make_evaluator(config, network, method, mesh, source)
     claim(workdir)
 
-  every, last = config.train, config.train.steps
-  with build.checkpoints(config, workdir, read_only=False) as checkpoints, StopRequest() as stop:
+    checkpoints = build.checkpoints(config, workdir, read_only=False)
+
+  last = config.train.steps
+  due = lambda cadence, step: cadence and step % cadence == 0 and step != last
+  with checkpoints:
     state = restore_or_init(config, train_step, mesh, checkpoints)
     first = int(state.step)
     announce(config, state, mesh)
     report = make_report(config, workdir, first)
     outputs = Outputs(config, workdir, checkpoints, report, generator, evaluator, shown)
+    feed = device_batches(config, source, mesh, first)
     advance = train_step.jitted(mesh)
-    due = lambda cadence: cadence and step % cadence == 0 and step != last
-    with diagnosing(config, source, mesh, workdir):
-      for step, batch in zip(
-        range(first + 1, last + 1), device_batches(config, source, mesh, first), strict=False
-      ):
+    with StopRequest() as stop, diagnosing(config, source, mesh, workdir):
+      for step, batch in zip(range(first + 1, last + 1), feed, strict=False):
         with jax.transfer_guard("disallow"):
           state, metrics = advance(state, batch)
         report.push(step, metrics)
-        if stop.signal or due(every.checkpoint_every):
+        if stop.signal or due(config.train.checkpoint_every, step):
           outputs.save(step, state)
         if stop.signal:
           outputs.leave(step, stop)
-        if due(every.sample_every):
+        if due(config.train.sample_every, step):
           outputs.show(step, state)
-        if due(every.evaluate_every):
+        if due(config.train.evaluate_every, step):
           outputs.measure(step, state)
       outputs.save(last, state)
+      checkpoints.wait()
+    # All is saved: from here on a signal may end the process at once.
+    if stop.signal:
+      outputs.leave(last, stop)
     outputs.show(last, state)
     outputs.measure(last, state)
     outputs.announce_end(last)
@@ -125,19 +130,19 @@ class Outputs:
     with self.report.paused():
       figures = self.evaluator(to_items(state)[self.shown])
       if jax.process_index() == 0:
-        evaluate.write_figures(self.workdir, step, figures)
+        evaluate.write_figures(self.config, self.workdir, step, figures)
       self.report.writer.write_scalars(step, figures)
 
   def leave(self, step: int, stop: StopRequest) -> NoReturn:
     """Ends the process once the checkpoint is on disk."""
     self.checkpoints.wait()
+    self.report.writer.flush()
     print(f"{stop.signal.name}: stopped and saved at step {step}; to resume, run again:")
     print(f"  python {shlex.join(sys.argv)}", flush=True)
     raise SystemExit(stop.exit_status)
 
   def announce_end(self, step: int) -> None:
-    """Waits for the last checkpoint and says where everything is."""
-    self.checkpoints.wait()
+    """Says where everything is."""
     self.report.writer.flush()
     print(
       f"done: {step} steps. checkpoints, samples, figures, metrics.jsonl and tensorboard are in "
@@ -258,7 +263,7 @@ def diagnosing(
     facts["metrics"] = {name: str(value) for name, value in error.scalars.items()}
     (folder / "step.json").write_text(json.dumps(facts, indent=2))
     error.add_note(
-      f"the checkpoints before it are intact; its batch and metrics are in {folder}, and running "
-      "the same command again leads to the same step from the last checkpoint"
+      f"its batch and metrics are in {folder}; checkpoints written before it are intact, and the "
+      "same command leads from the last one to the same step again"
     )
     raise

@@ -28,6 +28,8 @@ class Purpose(enum.IntEnum):
 
   INIT = 0
   DRAW = 1
+  SAMPLE_NOISE = 2
+  SAMPLE_LABEL = 3
 
 
 @no_type_check  # what jax.tree.map puts in an array's place is no array
@@ -97,7 +99,7 @@ class Averages:
 
 
 def stream(seed: int, purpose: Purpose, step: Int[Array, ""] | int = 0) -> PRNGKey:
-  """The random key of a purpose at a step."""
+  """The random key of a purpose at a step, or for an image."""
   return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), purpose), step)
 
 
@@ -244,10 +246,20 @@ def make_optimizer(
     clip_norm: bound on the gradient's norm; 0 does not clip.
 
   Raises:
-    ValueError: an unknown schedule, or a warm-up as long as training.
+    ValueError: an unknown schedule, a value out of range, or a warm-up as long as training.
   """
   if schedule not in SCHEDULES:
     raise ValueError(f"optimizer.schedule must be one of {SCHEDULES}, got {schedule!r}")
+  if not learning_rate > 0 or not (0 <= b1 < 1 and 0 <= b2 < 1):
+    raise ValueError(
+      "optimizer.learning_rate must be positive, b1 and b2 in [0, 1), "
+      f"got {learning_rate}, {b1} and {b2}"
+    )
+  if weight_decay < 0 or clip_norm < 0:
+    raise ValueError(
+      "optimizer.weight_decay and optimizer.clip_norm must be 0 or more, "
+      f"got {weight_decay} and {clip_norm}"
+    )
   if not 0 <= warmup_steps < total_steps:
     raise ValueError(f"optimizer.warmup_steps {warmup_steps} is not within {total_steps} steps")
   start = 0.0 if warmup_steps else learning_rate  # optax stays at `start` where there is no warm-up

@@ -71,7 +71,7 @@ def test_a_run_leaves_everything_where_others_look_for_it(whole: Whole) -> None:
   assert names(whole.workdir / "samples") == ["step_0000004.png", "step_0000008.png"]
   assert json.loads((whole.workdir / "config.json").read_text()) == json.loads(tiny().to_json())
   figures = json.loads((whole.workdir / "figures" / "step_0000008.json").read_text())
-  assert figures.keys() == {"step", "frechet_pixels_nfe1"}
+  assert figures.keys() == {"step", "frechet_pixels_nfe1", "count", "labels", "seed", "ema"}
   with Image.open(whole.workdir / "samples" / "step_0000008.png") as image:
     assert image.size == (2 * 34, 10 * 34)  # a row per class, 20 images of 32 x 32
 

@@ -60,7 +60,7 @@ class Block(nn.Module):
   def __call__(self, x: Tokens, condition: Condition) -> tuple[Tokens, None]:
     """Applies attention and perceptron; the second value is the (empty) output of a scan."""
     width = x.shape[-1]
-    modulation = _dense(6 * width, self.dtype, "modulation", zero=True)(condition)
+    modulation = self.constrain(_dense(6 * width, self.dtype, "modulation", zero=True)(condition))
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
     attended = Attention(self.num_heads, self.dtype, name="attention")(
       _modulate(_norm(self.dtype)(x), shift_a, scale_a)
@@ -111,6 +111,11 @@ class DiT(nn.Module):
     _check_choice("dtype", DTYPES, self.dtype)
     if not self.conditioning:
       raise ValueError(f"model.conditioning is empty; choose from {TIMES}")
+    for name in ("patch_size", "width", "depth", "num_heads"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"model.{name} must be at least 1, got {getattr(self, name)}")
+    if self.time_frequencies < 2 or self.time_frequencies % 2:
+      raise ValueError(f"model.time_frequencies must be even, got {self.time_frequencies}")
     if self.width % self.num_heads or self.width % 4:
       raise ValueError(
         f"model.width {self.width} must be divisible by 4 and by model.num_heads {self.num_heads}"
@@ -124,7 +129,7 @@ class DiT(nn.Module):
     Raises:
       ValueError: if the image's sides are not divisible by the patch size.
     """
-    condition = self._condition(t, h, y)
+    condition = self.constrain(self._condition(t, h, y))
     x = self.constrain(self._embed(z))
     x = self._transform(x, condition)
     return self._unembed(x, condition, z.shape).astype(jnp.float32)
@@ -187,7 +192,7 @@ class DiT(nn.Module):
     batch, height, columns, channels = shape
     p = self.patch_size
     modulation = _dense(2 * self.width, self.dtype, "final_modulation", zero=True)(condition)
-    shift, scale = jnp.split(modulation, 2, axis=-1)
+    shift, scale = jnp.split(self.constrain(modulation), 2, axis=-1)
     x = _modulate(_norm(self.dtype)(x), shift, scale)
     patches = _dense(p * p * channels, self.dtype, "final", zero=True)(x)
     patches = patches.reshape(batch, height // p, columns // p, p, p, channels)

@@ -64,7 +64,7 @@ class JsonLinesWriter:
     kept = []
     if path.exists():
       kept = [line for line in path.read_text().splitlines() if _step_of(line) <= first_step]
-    _write_whole(path, "".join(f"{line}\n" for line in kept))
+    write_whole(path, "".join(f"{line}\n" for line in kept))
     self._path = path
 
   def write_scalars(self, step: int, scalars: Scalars) -> None:
@@ -79,7 +79,7 @@ class JsonLinesWriter:
     """Every line is on disk when it is written."""
 
 
-def _write_whole(path: pathlib.Path, text: str) -> None:
+def write_whole(path: pathlib.Path, text: str) -> None:
   """A kill leaves the old file or the new one, never a part."""
   partial = path.with_name(f"{path.name}.partial")
   partial.write_text(text)
@@ -197,7 +197,7 @@ def open_writer(
   writers: list[Writer] = []
   if wandb_project:
     writers.append(WandbWriter(wandb_project, config, workdir))
-  _write_whole(workdir / "config.json", json.dumps(config, indent=2) + "\n")
+  write_whole(workdir / "config.json", json.dumps(config, indent=2) + "\n")
   writers.append(ConsoleWriter(total_steps, _ONLY_IN_PLOTS))
   writers.append(JsonLinesWriter(workdir / "metrics.jsonl", first_step))
   writers.append(TensorBoardWriter(workdir / "tensorboard", first_step))
