@@ -27,6 +27,8 @@ def main(_: list[str]) -> None:
   # Orbax tells every file it touches.
   absl.logging.set_verbosity(absl.logging.ERROR)
   logging.getLogger("meanflow_jax").setLevel(logging.WARNING)
+  # When a save fails, asyncio repeats in its own time what Orbax raises and we report.
+  logging.getLogger("asyncio").setLevel(logging.CRITICAL)
   workdir = pathlib.Path(WORKDIR.value).expanduser()
   try:
     if MODE.value == "train":

@@ -50,8 +50,8 @@ class TensorBoardWriter:
       self._writer.add_images(name, batch, step, dataformats="NHWC")
 
   def flush(self) -> None:
-    """Writes the event file."""
-    self._writer.flush()
+    """Closes the event file, which alone waits for it; what follows goes into another."""
+    self._writer.close()
 
 
 class JsonLinesWriter:
