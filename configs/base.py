@@ -49,7 +49,9 @@ def get_config() -> ConfigDict:
   model.positions = "sincos"  # sincos | learned
   model.dtype = "float32"  # of computation: float32 | bfloat16; parameters are always float32
   model.scan = True  # compile one block and loop over it
-  model.remat = "none"  # none | blocks: keep only each block's input for the backward pass
+  # What the backward pass recomputes: none | matmuls: all but the results of matrix products |
+  # blocks: all but the input of each block
+  model.remat = "matmuls"
 
   config.method = method = ConfigDict()  # MeanFlow
   method.times = times = ConfigDict()
@@ -87,6 +89,10 @@ def get_config() -> ConfigDict:
   train.sample_every = 5_000  # 0: only at the end
   train.evaluate_every = 0  # 0: only at the end
 
+  config.autoencoder = ConfigDict()  # between images and the latents that a model sees
+  config.autoencoder.path = ""  # folder of Stable Diffusion's weights; "": the model sees pixels
+  config.autoencoder.dtype = "float32"  # of decoding: float32 | bfloat16
+
   config.mesh = ConfigDict()  # devices = data x fsdp
   config.mesh.data = -1  # -1: all that fsdp leaves
   config.mesh.fsdp = 1  # over how many devices each parameter is spread
@@ -106,9 +112,33 @@ def get_config() -> ConfigDict:
   sample.label = 0  # the class of "one"
   sample.seed = 0  # image i depends on (seed, i) alone
   sample.ema = 0.9999  # which average of the parameters; 0: the parameters themselves
+  sample.checkpoint = "newest"  # newest | best (by evaluate.best) | a step that was kept
+  # From [-1, 1] to 8 bits: meanflow: floor(127.5 x + 128) | adm: floor(127.5 x + 127.5)
+  sample.rounding = "meanflow"
+  # Classifier-free guidance when sampling, for models whose target has none (flow matching, say):
+  # 1 is off; otherwise each step evaluates the network twice where t_min <= t <= t_max
+  sample.guidance = ConfigDict({"omega": 1.0, "t_min": 0.0, "t_max": 1.0})
 
-  config.evaluate = ConfigDict()  # with the labels, seed and ema of `sample`
-  config.evaluate.count = 1_500  # images; 0: no evaluation
-  config.evaluate.nfe = (1, 2)  # a figure for each
-  config.evaluate.resolution = 16  # pixel features: larger images are averaged down to this
+  # --mode=evaluate, and figures during training; with the labels, seed, rounding and batch size of
+  # `sample`. The table has a row for each combination of nfe, ema and omega.
+  config.evaluate = evaluate = ConfigDict()
+  evaluate.count = 1_500  # images for each row; 0: no evaluation
+  evaluate.nfe = (1, 2)
+  evaluate.ema = ()  # averages of the parameters; (): sample.ema
+  evaluate.omega = ()  # guidance scales when sampling; (): sample.guidance.omega
+  evaluate.extractors = ("pixels",)  # some of pixels | inception | dinov2: the sections below
+  # Some of frechet | kid | precision_recall, and with inception sfid | inception_score
+  evaluate.figures = ("frechet",)
+  evaluate.best = ""  # keep the checkpoint best by this figure, e.g. "fid_nfe1"; "": none
+  # Files of the real images' statistics (python -m meanflow_jax.prepare --statistics, or published
+  # ones) by extractor; "": made of the images of `data`
+  evaluate.statistics = ConfigDict({"pixels": "", "inception": "", "dinov2": ""})
+  evaluate.pixels = ConfigDict({"resolution": 16})  # larger images are averaged down to this
+  evaluate.inception = ConfigDict()  # FID's InceptionV3
+  evaluate.inception.weights = "weights/inception-2015-12-05.safetensors"
+  evaluate.inception.inputs = "meanflow"  # pytorch | tensorflow | meanflow: resize and scaling
+  evaluate.inception.logits_bias = False  # in the inception score; ADM and MeanFlow: without
+  evaluate.dinov2 = ConfigDict()  # FD-DINOv2
+  evaluate.dinov2.weights = "weights/dinov2-large"
+  evaluate.dinov2.dtype = "float32"  # of computation: float32 | bfloat16
   return config.lock()

@@ -107,9 +107,11 @@ class MeanFlow:
   def draw(self, key: PRNGKey, x: Image, y: Label) -> Draws:
     """Draws all random numbers of one step for data x with labels y."""
     key_noise, key_times, key_dropout = jax.random.split(key, 3)
+    # Drawn flat, the same numbers: counters in four dimensions take XLA:CPU long to compile.
+    noise = jax.random.normal(key_noise, (x.size,), x.dtype).reshape(x.shape)
     r, t = self.times(key_times, x.shape[0])
     return Draws(
-      noise=jax.random.normal(key_noise, x.shape, x.dtype),
+      noise=noise,
       r=r,
       t=t,
       dropped=self.label_dropout(key_dropout, y, self.times.rows),

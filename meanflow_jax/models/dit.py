@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -15,7 +16,7 @@ Condition = Float[Array, "B E"]
 
 TIMES = ("t", "h", "r")
 POSITIONS = ("sincos", "learned")
-REMAT = ("none", "blocks")
+REMAT = ("none", "matmuls", "blocks")
 DTYPES = ("float32", "bfloat16")
 MLP_RATIO = 4
 
@@ -87,7 +88,8 @@ class DiT(nn.Module):
     positions: "sincos" or "learned".
     dtype: the dtype of computation; embeddings of time, norms' statistics, softmax are float32.
     scan: compile one block and loop over it, instead of unrolling all.
-    remat: "blocks" keeps only the input of each block for the backward pass.
+    remat: what is kept for the backward pass: "none" recomputes nothing, "matmuls" all but the
+      results of matrix products, "blocks" all but the input of each block.
     constrain: fixes the sharding of activations.
   """
 
@@ -176,9 +178,8 @@ class DiT(nn.Module):
     return x + jnp.asarray(positions, self.dtype)[None]
 
   def _transform(self, x: Tokens, condition: Condition) -> Tokens:
-    block = nn.remat(Block, prevent_cse=not self.scan) if self.remat == "blocks" else Block
     layers = nn.scan(
-      block,
+      self._block(),
       variable_axes={"params": 0},
       split_rngs={"params": True},
       in_axes=nn.broadcast,
@@ -187,7 +188,17 @@ class DiT(nn.Module):
     )
     return layers(self.num_heads, self.dtype, self.constrain, name="blocks")(x, condition)[0]
 
-  def _unembed(self, x: Tokens, condition: Condition, shape: tuple[int, ...]) -> Image:
+  def _block(self) -> type[nn.Module]:
+    """A block that keeps for the backward pass what `remat` says."""
+    if self.remat == "blocks":
+      return nn.remat(Block, prevent_cse=not self.scan)
+    if self.remat == "matmuls":
+      # Unrolled, XLA may undo this: it finds what to keep by itself. It cannot see through a scan.
+      policy = jax.checkpoint_policies.dots_saveable
+      return nn.remat(Block, prevent_cse=False, policy=policy)
+    return Block
+
+  def _unembed(self, x: Tokens, condition: Condition, shape: tuple) -> Image:
     """The final modulated projection, back from patches to an image."""
     batch, height, columns, channels = shape
     p = self.patch_size
