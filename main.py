@@ -19,6 +19,9 @@ from meanflow_jax.runtime.reporting import NonFiniteError
 CONFIG = command_line.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.")
 MODE = flags.DEFINE_enum("mode", "train", ["train", "sample", "evaluate"], "What to do.")
+IMAGES = flags.DEFINE_string(
+  "images", None, "--mode=evaluate: a folder or .npz of images that were made elsewhere."
+)
 OUT = flags.DEFINE_string("out", None, "--mode=sample: the .png or .npz to write.")
 
 
@@ -33,6 +36,8 @@ def main(_: list[str]) -> None:
   try:
     if MODE.value == "train":
       train.run(CONFIG.value, workdir)
+    elif MODE.value == "evaluate" and IMAGES.value:
+      evaluate.run_elsewhere(CONFIG.value, workdir, IMAGES.value)
     elif MODE.value == "evaluate":
       evaluate.run(CONFIG.value, workdir)
     elif OUT.value is None:

@@ -33,10 +33,8 @@ def main(argv: list[str]) -> None:
     run_main(workdir, seed, *argv[1:])
     seconds = time.perf_counter() - start
     read = [recognised(reader, samples(workdir, seed, nfe, argv[1:])) for nfe in (1, 2)]
-    figures = json.loads(sorted((workdir / "figures").iterdir())[-1].read_text())
-    distances = [
-      f"{k.removeprefix('frechet_pixels_')} {v:.3f}" for k, v in figures.items() if "nfe" in k
-    ]
+    rows = json.loads(sorted((workdir / "figures").glob("step_*.json"))[-1].read_text())
+    distances = [f"nfe{row['nfe']} {row['figures']['frechet_pixels']:.3f}" for row in rows]
     print(
       f"{seed:>6} {seconds:8.0f} {read[0]:23.2%} {read[1]:8.2%}  {', '.join(distances)}", flush=True
     )

@@ -17,8 +17,11 @@ def get_config() -> ConfigDict:
   config.data.update(source="latents", image_size=32, channels=4, num_classes=1000)
   config.data.latents.path = "data/imagenet256_latents"
   config.checkpoint.keep_every = 100_000
+  config.autoencoder.path = "weights/sd-vae-ft-mse"
   config.sample.count = 64
-  config.evaluate.count = 0
+  config.evaluate.update(count=50_000, nfe=(1,), extractors=("inception",))
+  config.evaluate.figures = ("frechet", "inception_score")
+  config.evaluate.statistics.inception = "weights/imagenet256_statistics.npz"
   return config
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import NoReturn
 
 import flax.linen as nn
@@ -11,16 +11,26 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
+from meanflow_jax import features
 from meanflow_jax.data import sources
 from meanflow_jax.data.sources import Source
-from meanflow_jax.generate import Generator, Labels
-from meanflow_jax.methods.guidance import Guidance, LabelDropout
+from meanflow_jax.features import Extractor
+from meanflow_jax.generate import Decoder, Generator, Labels
+from meanflow_jax.methods.guidance import Guidance, LabelDropout, SamplingGuidance
 from meanflow_jax.methods.meanflow import AdaptiveWeight, MeanFlow
 from meanflow_jax.methods.sampler import time_grid
 from meanflow_jax.methods.time_sampling import LogitNormal, TimePairs, Uniform
+from meanflow_jax.models import autoencoder
 from meanflow_jax.models.dit import DiT
+from meanflow_jax.runtime import pretrained
 from meanflow_jax.runtime.checkpoints import CheckpointError, Checkpoints
-from meanflow_jax.runtime.mesh import abstract, constrain_rows, make_mesh, parameter_shardings
+from meanflow_jax.runtime.mesh import (
+  abstract,
+  constrain_rows,
+  make_mesh,
+  parameter_shardings,
+  replicated,
+)
 from meanflow_jax.train_step import Averages, TrainStep, init_params, item_name, make_optimizer
 
 
@@ -208,10 +218,57 @@ def grid(config: ConfigDict) -> tuple[float, ...]:
   return time_grid(config.sample.nfe, config.sample.grid)
 
 
+def decoder(config: ConfigDict, mesh: Mesh) -> Decoder | None:
+  """The autoencoder of `config.autoencoder`, or None where the model sees pixels.
+
+  Raises:
+    FileNotFoundError: the weights are missing; says where they are published.
+    ValueError: these are other weights, or of other latents than the model makes.
+  """
+  if not config.autoencoder.path:
+    return None
+  path = pathlib.Path(config.autoencoder.path).expanduser()
+  published, tensors = pretrained.load(path, pretrained.AUTOENCODER)
+  network = autoencoder.from_config(published, config.autoencoder.dtype)
+  if network.latent_channels != config.data.channels:
+    raise ValueError(
+      f"{path} decodes {network.latent_channels} channels, but data.channels is "
+      f"{config.data.channels}; a model of pixels has autoencoder.path empty"
+    )
+  params = autoencoder.params_from_torch(network, tensors)
+  return Decoder(jax.device_put(params, replicated(mesh)), network)
+
+
+def extractors(config: ConfigDict, mesh: Mesh) -> tuple[Extractor, ...]:
+  """The feature extractors that `config.evaluate` names.
+
+  Raises:
+    FileNotFoundError: weights are missing; says where they are published.
+    ValueError: an unknown name or setting, or other weights.
+  """
+  settings = config.evaluate
+  make = {
+    "pixels": lambda: features.pixels(**settings.pixels),
+    "inception": lambda: features.fid_inception(**settings.inception),
+    "dinov2": lambda: features.fd_dinov2(**settings.dinov2),
+  }
+  names = tuple(settings.extractors)
+  if not names or len(set(names)) != len(names) or set(names) - make.keys():
+    raise ValueError(f"evaluate.extractors must be some of {sorted(make)}, got {names}")
+  return jax.device_put(tuple(make[name]() for name in names), replicated(mesh))
+
+
 def generator(
-  config: ConfigDict, network: nn.Module, method: MeanFlow, mesh: Mesh, grid: tuple[float, ...]
+  config: ConfigDict,
+  network: nn.Module,
+  method: MeanFlow,
+  mesh: Mesh,
+  decoder: Decoder | None,
+  *,
+  grid: tuple[float, ...],
+  omega: float,
 ) -> Generator:
-  """Images by `config.sample`, on a time grid.
+  """Images by `config.sample`, on a time grid, with a guidance scale.
 
   Raises:
     ValueError: an impossible setting.
@@ -219,30 +276,53 @@ def generator(
   settings = config.sample
   if settings.count < 1:
     raise ValueError(f"sample.count must be at least 1, got {settings.count}")
+  if omega != 1 and not config.data.num_classes:
+    raise ValueError(
+      f"guidance of {omega} takes classes, and the model has none (data.num_classes = 0): set "
+      "sample.guidance.omega to 1"
+    )
+  interval = settings.guidance.t_min, settings.guidance.t_max
   return Generator(
     network=network,
     step=method.step,
+    guidance=SamplingGuidance(omega, *interval, null_label=config.data.num_classes),
     grid=grid,
     image_shape=image_shape(config),
     labels=Labels(settings.labels, settings.label, config.data.num_classes),
     seed=settings.seed,
     batch_size=settings.batch_size,
+    rounding=settings.rounding,
     mesh=mesh,
+    decoder=decoder,
   )
 
 
-def ema_item(config: ConfigDict) -> str:
-  """Under which name a checkpoint holds the parameters of `config.sample.ema`.
+def sample_generator(
+  config: ConfigDict, network: nn.Module, method: MeanFlow, mesh: Mesh
+) -> Generator:
+  """The generator of `config.sample`.
+
+  Raises:
+    ValueError: an impossible setting, or an autoencoder that does not fit.
+    FileNotFoundError: the autoencoder's weights are missing.
+  """
+  omega = config.sample.guidance.omega
+  made = decoder(config, mesh)
+  return generator(config, network, method, mesh, made, grid=grid(config), omega=omega)
+
+
+def ema_item(config: ConfigDict, ema: float) -> str:
+  """Under which name a checkpoint holds an average; 0 stands for the parameters themselves.
 
   Raises:
     ValueError: if there is no such average.
   """
-  if config.sample.ema and config.sample.ema not in config.ema.decays:
+  if ema and ema not in config.ema.decays:
     raise ValueError(
-      f"sample.ema {config.sample.ema} is none of ema.decays {tuple(config.ema.decays)}; "
-      "0 takes the parameters themselves"
+      f"there is no average {ema} (sample.ema, evaluate.ema) among ema.decays "
+      f"{tuple(config.ema.decays)}; 0 takes the parameters themselves"
     )
-  return item_name(config.sample.ema)
+  return item_name(ema)
 
 
 def identity(config: ConfigDict) -> dict[str, dict[str, object]]:
@@ -274,23 +354,37 @@ def checkpoints(config: ConfigDict, workdir: pathlib.Path, *, read_only: bool) -
   )
 
 
+def best_checkpoint(workdir: pathlib.Path, *, read_only: bool) -> Checkpoints:
+  """The parameters that were the best by `config.evaluate.best`, and no others."""
+  return Checkpoints(workdir / "best", keep_latest=1, keep_every=None, read_only=read_only)
+
+
 def trained_params(
-  config: ConfigDict, workdir: pathlib.Path, network: nn.Module, mesh: Mesh
-) -> tuple[int, PyTree]:
-  """The step of the newest checkpoint and its parameters of `config.sample.ema`, spread by fsdp.
+  config: ConfigDict, workdir: pathlib.Path, network: nn.Module, mesh: Mesh, items: Collection[str]
+) -> tuple[int, dict[str, PyTree]]:
+  """The step of `config.sample.checkpoint` and its parameters by item, spread by fsdp.
 
   Raises:
     FileNotFoundError: there is no checkpoint.
     CheckpointError: there is one of another network, or a damaged one alone.
+    ValueError: `sample.checkpoint` is neither newest nor best nor a step.
   """
-  item = ema_item(config)
+  which = config.sample.checkpoint
+  if which not in ("newest", "best") and not which.isdecimal():
+    raise ValueError(f"sample.checkpoint must be newest, best or a step, got {which!r}")
+  folder = workdir / ("best" if which == "best" else "checkpoints")
   shapes = jax.eval_shape(lambda: init_params(network, config.seed, image_shape(config)))
-  if not (workdir / "checkpoints").is_dir():
-    raise FileNotFoundError(f"no checkpoint in {workdir / 'checkpoints'}: train first")
-  with checkpoints(config, workdir, read_only=True) as saved:
-    targets = {item: abstract(shapes, parameter_shardings(mesh, shapes))}
-    restored = saved.restore(targets, identity=identity(config))
+  target = abstract(shapes, parameter_shardings(mesh, shapes))
+  restored = None
+  if folder.is_dir():
+    best = which == "best"
+    opened = best_checkpoint(workdir, read_only=True) if best else None
+    with opened or checkpoints(config, workdir, read_only=True) as saved:
+      restored = saved.restore(
+        dict.fromkeys(items, target),
+        step=int(which) if which.isdecimal() else None,
+        identity=identity(config),
+      )
   if restored is None:
-    raise FileNotFoundError(f"no checkpoint in {workdir / 'checkpoints'}: train first")
-  step, items = restored
-  return step, items[item]
+    raise FileNotFoundError(f"no checkpoint in {folder}: train first")
+  return restored

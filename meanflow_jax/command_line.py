@@ -5,7 +5,7 @@ import sys
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-# Keys that are read only where another key has a certain value.
+# Keys that are read only where another key has a certain value, or names it among others.
 _READ_WHERE = {
   "data.digits.": ("data.source", "digits"),
   "data.folder.": ("data.source", "folder"),
@@ -17,13 +17,20 @@ _READ_WHERE = {
   "method.times.r_mean": ("method.times.distribution", "logit_normal"),
   "method.times.r_std": ("method.times.distribution", "logit_normal"),
   "sample.label": ("sample.labels", "one"),
+  "evaluate.statistics.pixels": ("evaluate.extractors", "pixels"),
+  "evaluate.statistics.inception": ("evaluate.extractors", "inception"),
+  "evaluate.statistics.dinov2": ("evaluate.extractors", "dinov2"),
+  "evaluate.pixels.": ("evaluate.extractors", "pixels"),
+  "evaluate.inception.": ("evaluate.extractors", "inception"),
+  "evaluate.dinov2.": ("evaluate.extractors", "dinov2"),
 }
 
 
-def define_config() -> flags.FlagHolder:
+def define_config(*, required: bool = True) -> flags.FlagHolder:
   """The flag --config=FILE, with --config.section.key=value for every key."""
   holder = config_flags.DEFINE_config_file("config", None, "The config, a file in configs/.")
-  flags.mark_flag_as_required("config")
+  if required:
+    flags.mark_flag_as_required("config")
   return holder
 
 
@@ -38,6 +45,8 @@ def parse(argv: list[str]) -> list[str]:
     sys.exit("error: unknown config key " + message.replace("\n", "; "))
   except OSError as error:
     sys.exit(f"error: --config: {error}")
+  if flags.FLAGS.config is None:
+    return remaining
   given = config_flags.get_override_values(flags.FLAGS["config"])
   if mistakes := unread(flags.FLAGS.config, list(given)):
     sys.exit("error: " + "\n".join(mistakes))
@@ -51,8 +60,12 @@ def unread(config: ConfigDict, given: list[str]) -> list[str]:
     for key in given
     for prefix, (switch, value) in _READ_WHERE.items()
     if (key == prefix or (prefix.endswith(".") and key.startswith(prefix)))
-    and (found := _value(config, switch)) != value
+    and value not in _values(found := _value(config, switch))
   ]
+
+
+def _values(found: object) -> tuple[object, ...]:
+  return tuple(found) if isinstance(found, tuple | list) else (found,)
 
 
 def _value(config: ConfigDict, path: str) -> object:

@@ -1,135 +1,295 @@
-"""Measures generated images against real ones: --mode=evaluate, and the same during training."""
+"""Measures images against real ones: --mode=evaluate, and the same at a cadence during training."""
 
 import functools
+import hashlib
+import itertools
 import json
-import operator
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
-import tqdm
+import optax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from meanflow_jax import build
-from meanflow_jax.arrays import Image
-from meanflow_jax.data.loader import ordered_batches
-from meanflow_jax.data.sources import Source
-from meanflow_jax.generate import Generator
+from meanflow_jax import build, stream
+from meanflow_jax.data.sources import Source, made_elsewhere
+from meanflow_jax.evaluator import Comparison, Evaluator, Figures, Reference, Setting
+from meanflow_jax.features import Extractor
 from meanflow_jax.methods.meanflow import MeanFlow
 from meanflow_jax.methods.sampler import time_grid
-from meanflow_jax.metrics.moments import Moments, frechet_distance
-from meanflow_jax.runtime.reporting import write_whole
-from meanflow_jax.train_step import model_image
+from meanflow_jax.metrics.summary import FIGURES, HIGHER_IS_BETTER
+from meanflow_jax.runtime import reference_statistics
+from meanflow_jax.runtime.plots import plot_lines
+from meanflow_jax.runtime.reference_statistics import Statistics
+from meanflow_jax.runtime.reporting import table, write_whole
+from meanflow_jax.stream import Resumable
+from meanflow_jax.train_step import item_name
 
-
-def pixel_features(images: Image, resolution: int) -> Float[Array, "B F"]:
-  """The pixels themselves, clipped to [-1, 1]; larger images are averaged down to a resolution."""
-  images = jnp.clip(images, -1, 1)
-  batch, height, width, channels = images.shape
-  if max(height, width) > resolution:
-    shape = (batch, resolution, resolution, channels)
-    images = jax.image.resize(images, shape, "linear", antialias=True)
-  return images.reshape(batch, -1)
-
-
-class Evaluator:
-  """Compares what some parameters generate with the real images of a source.
-
-  Args:
-    generators: by the number of function evaluations.
-    source: the real images, read at the first evaluation.
-    count: images to generate.
-    resolution: of the pixel features.
-  """
-
-  def __init__(
-    self, generators: dict[int, Generator], source: Source, *, count: int, resolution: int
-  ):
-    self._generators, self._source, self._count = generators, source, count
-    self._features = jax.jit(lambda images: pixel_features(model_image(images), resolution))
-    self._reference: Moments | None = None
-
-  def __call__(self, params: PyTree) -> dict[str, float]:
-    """The figures of some parameters: name to value."""
-    return {
-      f"frechet_pixels_nfe{nfe}": frechet_distance(self._generated(params, nfe), self.reference())
-      for nfe in self._generators
-    }
-
-  def reference(self) -> Moments:
-    """The moments of the real images."""
-    if self._reference is None:
-      batch_size = 500
-      batches = ordered_batches(self._source, batch_size)
-      total = -(-len(self._source) // batch_size)
-      progress = tqdm.tqdm(batches, "reading real images", total, leave=False, disable=None)
-      self._reference = self._moments(batch["image"] for batch in progress)
-    return self._reference
-
-  def _generated(self, params: PyTree, nfe: int) -> Moments:
-    generator = self._generators[nfe]
-    total = -(-self._count // generator.batch_size)
-    progress = tqdm.tqdm(
-      generator.batches(params, self._count), f"{nfe}-step images", total, leave=False, disable=None
-    )
-    return self._moments(images for images, _ in progress)
-
-  def _moments(self, images: Iterable[np.ndarray]) -> Moments:
-    features = (jax.device_get(self._features(batch)) for batch in images)
-    return functools.reduce(operator.add, map(Moments.of, features))
+Row = dict[str, Any]
+Shape = tuple[int, ...]
 
 
 def make_evaluator(
   config: ConfigDict, network: nn.Module, method: MeanFlow, mesh: Mesh, source: Source
-) -> Evaluator:
-  """The evaluator of `config.evaluate`, against all images of a source.
+) -> Evaluator | None:
+  """The evaluator of `config.evaluate`; None where `evaluate.count` is 0.
 
   Raises:
-    ValueError: an impossible setting.
+    ValueError: an impossible setting; weights or statistics that do not fit.
+    FileNotFoundError: weights or statistics are missing.
   """
   settings = config.evaluate
-  if settings.count and not settings.nfe:
+  if not settings.count:
+    return None
+  if settings.count < 2:
+    raise ValueError(f"evaluate.count must be 0 or at least 2, got {settings.count}")
+  if not settings.nfe:
     raise ValueError("evaluate.nfe is empty: name at least one number of function evaluations")
-  if settings.count == 1 or settings.count < 0 or settings.resolution < 1:
-    raise ValueError(
-      "evaluate.count must be 0 or at least 2 and evaluate.resolution at least 1, "
-      f"got {settings.count} and {settings.resolution}"
-    )
+  emas = settings.ema or (config.sample.ema,)
+  omegas = settings.omega or (config.sample.guidance.omega,)
+  decoder = build.decoder(config, mesh)
   generators = {
-    nfe: build.generator(config, network, method, mesh, time_grid(nfe)) for nfe in settings.nfe
+    Setting(nfe, ema, omega): build.generator(
+      config, network, method, mesh, decoder, grid=time_grid(nfe), omega=omega
+    )
+    for nfe, ema, omega in itertools.product(settings.nfe, emas, omegas)
   }
-  return Evaluator(generators, source, count=settings.count, resolution=settings.resolution)
+  for ema in emas:
+    build.ema_item(config, ema)
+  shape = next(iter(generators.values())).output_shape
+  comparison = make_comparison(config, mesh, shape, source)
+  evaluator = Evaluator(generators, comparison, settings.count)
+  if settings.best and settings.best not in evaluator.names:
+    raise ValueError(f"evaluate.best must be one of {evaluator.names}, got {settings.best!r}")
+  return evaluator
 
 
-def write_figures(
-  config: ConfigDict, workdir: pathlib.Path, step: int, figures: dict[str, float]
-) -> pathlib.Path:
-  """Stores the figures of a checkpoint, and how its images were made, as JSON; returns where."""
-  path = workdir / "figures" / f"step_{step:07d}.json"
-  path.parent.mkdir(exist_ok=True)
-  settings = {key: config.sample[key] for key in ("labels", "seed", "ema")}
-  record = {"step": step, **figures, "count": config.evaluate.count, **settings}
-  write_whole(path, json.dumps(record, indent=2) + "\n")
-  return path
+def make_comparison(config: ConfigDict, mesh: Mesh, shape: Shape, source: Source) -> Comparison:
+  """The figures of `config.evaluate`, for images [H, W, C] against stored statistics or a source.
+
+  Raises:
+    ValueError: an unknown figure; real images or statistics that do not fit.
+    FileNotFoundError: weights or statistics are missing.
+  """
+  figures = tuple(config.evaluate.figures)
+  if not figures or set(figures) - FIGURES.keys():
+    raise ValueError(f"evaluate.figures must be some of {sorted(FIGURES)}, got {figures}")
+  extractors = build.extractors(config, mesh)
+  comparison = Comparison(extractors, figures, None)
+  if not comparison.names:
+    raise ValueError(
+      f"evaluate.figures {figures} are none of evaluate.extractors {config.evaluate.extractors}"
+    )
+  if set(figures) == {"inception_score"}:
+    return comparison
+  paths = config.evaluate.statistics.to_dict()
+  stored = {
+    extractor.name: reference_statistics.read(
+      pathlib.Path(path).expanduser(), convention=extractor.convention, resolution=shape
+    )
+    for extractor in extractors
+    if (path := paths[extractor.name])
+  }
+  missing = tuple(extractor for extractor in extractors if extractor.name not in stored)
+  if missing:
+    _check_source(missing, source, shape)
+  make = functools.partial(measure_source, config, mesh, missing, source, comparison.keep)
+  return Comparison(extractors, figures, Reference(stored, make if missing else None))
+
+
+def _check_source(missing: tuple[Extractor, ...], source: Source, shape: Shape) -> None:
+  found = source[0]["image"].shape
+  if found != shape:
+    names = ", ".join(f"evaluate.statistics.{extractor.name}" for extractor in missing)
+    raise ValueError(
+      f"the images to be measured are {shape}, those of the data {found}: the data cannot serve as "
+      f"reference. Set {names} to statistics of real images of {shape}"
+    )
+
+
+def measure_source(
+  config: ConfigDict, mesh: Mesh, extractors: tuple[Extractor, ...], source: Source, keep: bool
+) -> dict[str, Statistics]:
+  """The statistics of all images of a source, by extractor."""
+  summaries, digests = stream.of_source(
+    source,
+    extractors,
+    mesh,
+    batch_size=config.sample.batch_size,
+    keep=keep,
+    num_threads=config.data.threads,
+    prefetch=config.data.prefetch,
+    title="real images",
+  )
+  return {
+    extractor.name: Statistics(
+      summaries[extractor.name],
+      convention=extractor.convention,
+      resolution=source[0]["image"].shape,
+      count=len(source),
+      fingerprint=reference_statistics.fingerprint(digests),
+    )
+    for extractor in extractors
+  }
+
+
+def rows_of(
+  config: ConfigDict, step: int, evaluator: Evaluator, figures: Mapping[Setting, Figures]
+) -> list[Row]:
+  """The rows of the table, each with all that its figures depend on."""
+  common = {
+    "count": evaluator.count,
+    **{key: config.sample[key] for key in ("labels", "seed", "rounding")},
+    "guidance": config.method.guidance.to_dict(),
+    **evaluator.comparison.record(),
+  }
+  return [
+    {"step": step, **vars(setting), "figures": found, **common}
+    for setting, found in figures.items()
+  ]
+
+
+def write_rows(path: pathlib.Path, rows: list[Row]) -> None:
+  """Stores rows as JSON, in the place of those that were made in the same way."""
+  rows = json.loads(json.dumps(rows))  # as they will be read
+  made = lambda row: {key: value for key, value in row.items() if key != "figures"}
+  kept = [row for row in read_rows(path) if made(row) not in list(map(made, rows))]
+  path.parent.mkdir(parents=True, exist_ok=True)
+  write_whole(path, json.dumps(kept + rows, indent=2) + "\n")
+
+
+def read_rows(path: pathlib.Path) -> list[Row]:
+  """The rows that are stored in a file, none where there is none."""
+  return json.loads(path.read_text()) if path.exists() else []
+
+
+def figures_path(workdir: pathlib.Path, step: int) -> pathlib.Path:
+  """Where the figures of a step are stored."""
+  return workdir / "figures" / f"step_{step:07d}.json"
+
+
+def is_best(workdir: pathlib.Path, name: str, value: float) -> bool:
+  """Whether a figure is better than that of the checkpoint in `best/`; all hosts agree on it."""
+  path = workdir / "best.json"
+  known = json.loads(path.read_text()) if path.exists() else {}
+  sign = 1 if name.split("_nfe")[0] in HIGHER_IS_BETTER else -1
+  better = known.get("figure") != name or sign * value > sign * known["value"]
+  return bool(multihost_utils.broadcast_one_to_all(np.asarray(better)))
+
+
+def note_best(workdir: pathlib.Path, step: int, name: str, value: float) -> None:
+  """Stores which checkpoint lies in `best/`, and why."""
+  record = {"step": step, "figure": name, "value": value}
+  write_whole(workdir / "best.json", json.dumps(record) + "\n")
+
+
+def plot_history(workdir: pathlib.Path, last: int) -> None:
+  """Draws every figure against the step, up to the last."""
+  lines: dict[str, dict[str, list[tuple[float, float]]]] = {}
+  for path in sorted((workdir / "figures").glob("step_*.json")):
+    for row in read_rows(path):
+      if row["step"] <= last:
+        for name, value in row["figures"].items():
+          label = f"{row['nfe']} NFE, EMA {row['ema']:g}, guidance {row['omega']:g}"
+          lines.setdefault(name, {}).setdefault(label, []).append((float(row["step"]), value))
+  plot_lines(workdir / "figures" / "history.png", "step", lines)
+
+
+def plot_sweep(path: pathlib.Path, rows: list[Row]) -> None:
+  """Draws every figure of a checkpoint against what varies most among the rows."""
+  axes = ("nfe", "omega", "ema")
+  axis = max(axes, key=lambda key: len({row[key] for row in rows}))
+  lines: dict[str, dict[str, list[tuple[float, float]]]] = {}
+  for row in rows:
+    label = ", ".join(f"{key} {row[key]:g}" for key in axes if key != axis)
+    for name, value in row["figures"].items():
+      lines.setdefault(name, {}).setdefault(label, []).append((float(row[axis]), value))
+  plot_lines(path, {"nfe": "NFE", "omega": "guidance scale", "ema": "EMA"}[axis], lines)
+
+
+def show(rows: list[Row]) -> None:
+  """Prints a table, and below it what all rows have in common."""
+  settings = [key for key in ("step", "nfe", "ema", "omega", "images", "count") if key in rows[0]]
+  print(table([{key: row[key] for key in settings} | row["figures"] for row in rows]))
+  print("; ".join(f"{k} {rows[0][k]}" for k in ("labels", "seed", "rounding") if k in rows[0]))
+  for name, convention in rows[0]["conventions"].items():
+    reference = rows[0].get("references", {}).get(name)
+    against = f", against {reference['count']} images" if reference else ""
+    print(f"{name}: {convention}{against}")
 
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> None:
-  """Prints and stores the figures of the newest checkpoint."""
+  """Prints and stores the figures of a checkpoint, resuming an evaluation that was interrupted."""
   with build.explaining_mistakes():
     mesh = build.mesh(config)
     method = build.method(config)
     network = build.network(config, mesh)
-    evaluate = make_evaluator(config, network, method, mesh, build.source(config))
-    if not config.evaluate.count:
+    evaluator = make_evaluator(config, network, method, mesh, build.source(config))
+    if evaluator is None:
       raise ValueError("evaluate.count is 0: there is nothing to evaluate")
-    step, params = build.trained_params(config, workdir, network, mesh)
-  figures = evaluate(params)
-  for name, value in figures.items():
-    print(f"{name}  {value:.4f}  (step {step}, {config.evaluate.count} images)")
+    step, items = build.trained_params(config, workdir, network, mesh, evaluator.items)
+    resumable = functools.partial(_resumable, config, workdir, step, evaluator, items)
+    rows = rows_of(config, step, evaluator, evaluator(items, resumable))
   if jax.process_index() == 0:
-    print(f"stored in {write_figures(config, workdir, step, figures)}")
+    path = figures_path(workdir, step)
+    write_rows(path, rows)
+    plot_history(workdir, step)
+    show(rows)
+    if len(rows) > 1:
+      plot_sweep(path.with_suffix(".png"), rows)
+    print(f"stored in {path}")
+  for setting in evaluator.generators:
+    resumable(setting).discard()
+
+
+def _resumable(
+  config: ConfigDict,
+  workdir: pathlib.Path,
+  step: int,
+  evaluator: Evaluator,
+  items: Mapping[str, PyTree],
+  setting: Setting,
+) -> Resumable:
+  """The file of a row, named after all that its sums depend on, the parameters included."""
+  norm = float(optax.tree.norm(items[item_name(setting.ema)]))
+  (row,) = rows_of(config, step, evaluator, {setting: {}})
+  processes = f"{jax.process_index()} of {jax.process_count()}"
+  name = hashlib.sha256(json.dumps([row, norm, processes], sort_keys=True).encode()).hexdigest()
+  return Resumable(workdir / "figures" / "unfinished" / f"{name[:16]}.npz")
+
+
+def run_elsewhere(config: ConfigDict, workdir: pathlib.Path, images: str) -> None:
+  """Prints and stores the figures of images that were made elsewhere: a folder, or an .npz file."""
+  with build.explaining_mistakes():
+    mesh = build.mesh(config)
+    source = made_elsewhere(str(pathlib.Path(images).expanduser()))
+    shape = source[0]["image"].shape
+    comparison = make_comparison(config, mesh, shape, build.source(config))
+    made = stream.of_source(
+      source,
+      comparison.extractors,
+      mesh,
+      batch_size=config.sample.batch_size,
+      keep=comparison.keep,
+      num_threads=config.data.threads,
+      prefetch=config.data.prefetch,
+      title=images,
+    )
+    row = {
+      "images": images,
+      "fingerprint": reference_statistics.fingerprint(made[1]),
+      "count": len(source),
+      "figures": comparison(made[0]),
+      **comparison.record(),
+    }
+  if jax.process_index() == 0:
+    path = workdir / "figures" / f"{pathlib.Path(images).stem}.json"
+    write_rows(path, [row])
+    show([row])
+    print(f"stored in {path}")

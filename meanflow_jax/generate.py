@@ -2,9 +2,12 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,11 +16,52 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree, UInt8
 
 from meanflow_jax.arrays import Image, Label, PRNGKey
+from meanflow_jax.methods.guidance import SamplingGuidance
 from meanflow_jax.methods.sampler import StepFn, sample
+from meanflow_jax.models.autoencoder import Autoencoder, unscale_latents
 from meanflow_jax.runtime.mesh import replicated, rows_sharding
 from meanflow_jax.train_step import Purpose, stream, velocity_fn
 
 LABEL_RULES = ("balanced", "random", "one")
+
+Result = TypeVar("Result")
+
+# From images in [-1, 1] to the values of 8-bit images, 0 to 255. Figures depend on how.
+
+
+def round_meanflow(images: Image) -> Image:
+  """floor(127.5 x + 128), as MeanFlow and its successors."""
+  return jnp.clip(jnp.floor(127.5 * images + 128), 0, 255)
+
+
+def round_adm(images: Image) -> Image:
+  """floor(127.5 x + 127.5), as ADM and the reference of the CIFAR-10 recipe."""
+  return jnp.clip(jnp.floor(127.5 * images + 127.5), 0, 255)
+
+
+ROUNDING = {"meanflow": round_meanflow, "adm": round_adm}
+
+
+class Decoder(flax.struct.PyTreeNode):
+  """An autoencoder's way from (scaled) latents to images: a pytree, to be passed to functions.
+
+  Attributes:
+    params: its weights.
+    network: the autoencoder.
+  """
+
+  params: PyTree
+  network: Autoencoder = flax.struct.field(pytree_node=False)
+
+  def output_shape(self, latent_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """[H, W, C] of the images of latents [h, w, c]."""
+    sides = (side * self.network.downsampling for side in latent_shape[:2])
+    return (*sides, self.network.out_channels)
+
+  def __call__(self, latents: Image) -> Float[Array, "B h w c"]:
+    """The images of latents, float32 in about [-1, 1]."""
+    images = self.network.apply({"params": self.params}, unscale_latents(latents), method="decode")
+    return images.astype(jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,60 +104,103 @@ class Generator:
   Attributes:
     network: the Flax module of the average velocity.
     step: the method's sampling step.
+    guidance: classifier-free guidance of the network's velocity.
     grid: times 1 = t_0 > ... > t_n = 0, one function evaluation for each interval.
-    image_shape: [H, W, C].
+    image_shape: [H, W, C] of what the network sees.
     labels: the class of each image.
     seed: image i depends on (seed, i) alone.
     batch_size: images per compiled call.
+    rounding: one of `ROUNDING`, from images to 8 bits.
     mesh: the devices.
+    decoder: makes images of latents; None where the network sees pixels.
   """
 
   network: nn.Module
   step: StepFn
+  guidance: SamplingGuidance
   grid: tuple[float, ...]
   image_shape: tuple[int, ...]
   labels: Labels
   seed: int
   batch_size: int
+  rounding: str
   mesh: Mesh
+  decoder: Decoder | None
 
   def __post_init__(self):
     if self.batch_size < 1 or self.batch_size % self.mesh.size:
       raise ValueError(
         f"sample.batch_size {self.batch_size} is not divisible by {self.mesh.size} devices"
       )
+    if self.rounding not in ROUNDING:
+      raise ValueError(f"sample.rounding must be one of {sorted(ROUNDING)}, got {self.rounding!r}")
 
-  def __call__(self, params: PyTree, first: Int[Array, ""]) -> tuple[Image, Label]:
-    """Images first, ..., first + batch_size - 1 and their labels; to be jitted."""
+  @property
+  def nfe(self) -> int:
+    """Steps of the time grid; guidance evaluates the network twice in each."""
+    return len(self.grid) - 1
+
+  @property
+  def output_shape(self) -> tuple[int, ...]:
+    """[H, W, C] of the images."""
+    return self.decoder.output_shape(self.image_shape) if self.decoder else self.image_shape
+
+  def __call__(
+    self, params: PyTree, decoder: Decoder | None, first: Int[Array, ""]
+  ) -> tuple[Image, Label]:
+    """Images first, ..., first + batch_size - 1 and their labels; to be jitted.
+
+    The decoder is an argument, for weights that a jitted function finds by itself are constants.
+    """
     rows = rows_sharding(self.mesh)
     index = jax.lax.with_sharding_constraint(first + jnp.arange(self.batch_size), rows)
     noise, y = jax.vmap(self._noise_and_label)(index)
-    return sample(self.step, velocity_fn(self.network, params), noise, y, self.grid), y
+    velocity = self.guidance.guided(velocity_fn(self.network, params))
+    images = sample(self.step, velocity, noise, y, self.grid)
+    return (decoder(images) if decoder else images), y
+
+  def levels(
+    self, params: PyTree, decoder: Decoder | None, first: Int[Array, ""]
+  ) -> tuple[Image, Label]:
+    """The same, rounded to the values of 8-bit images, 0 to 255, in float32."""
+    images, y = self(params, decoder, first)
+    return ROUNDING[self.rounding](images), y
 
   def _noise_and_label(self, index: Int[Array, ""]) -> tuple[Float[Array, "H W C"], Array]:
-    noise = jax.random.normal(stream(self.seed, Purpose.SAMPLE_NOISE, index), self.image_shape)
+    key = stream(self.seed, Purpose.SAMPLE_NOISE, index)
+    noise = jax.random.normal(key, (math.prod(self.image_shape),)).reshape(self.image_shape)
     return noise, self.labels(stream(self.seed, Purpose.SAMPLE_LABEL, index), index)
 
   def batches(
     self, params: PyTree, count: int
-  ) -> Iterator[tuple[Float[np.ndarray, "b H W C"], Int[np.ndarray, "b"]]]:
-    """Images 0, ..., count - 1 and their labels on every host, one batch ahead of the devices."""
-    ahead = self._dispatch(params, 0)
-    for first in range(0, count, self.batch_size):
-      current, rows = ahead, min(self.batch_size, count - first)
-      if first + rows < count:
-        ahead = self._dispatch(params, first + rows)
-      images, labels = multihost_utils.process_allgather(current, tiled=True)
-      yield images[:rows], labels[:rows]
+  ) -> Iterator[tuple[UInt8[np.ndarray, "b H W C"], Int[np.ndarray, "b"]]]:
+    """Images 0, ..., count - 1, 8-bit, and their labels, on every host."""
+    dispatch = lambda first: self._compiled(params, self.decoder, self.place(first))
+    for first, made in one_ahead(dispatch, range(0, count, self.batch_size)):
+      images, labels = multihost_utils.process_allgather(made, tiled=True)
+      yield images[: count - first], labels[: count - first]
 
-  def _dispatch(self, params: PyTree, first: int) -> tuple[Image, Label]:
-    return self._compiled(params, jax.device_put(np.int32(first), replicated(self.mesh)))
+  def place(self, first: int) -> Array:
+    """A number on all devices."""
+    return jax.device_put(np.int32(first), replicated(self.mesh))
 
   @functools.cached_property
-  def _compiled(self) -> Callable[[PyTree, Array], tuple[Image, Label]]:
-    return jax.jit(self.__call__, out_shardings=rows_sharding(self.mesh))
+  def _compiled(self) -> Callable[[PyTree, Decoder | None, Array], tuple[Array, Label]]:
+    def made(params: PyTree, decoder: Decoder | None, first: Array) -> tuple[Array, Label]:
+      levels, labels = self.levels(params, decoder, first)
+      return levels.astype(jnp.uint8), labels
+
+    return jax.jit(made, out_shardings=rows_sharding(self.mesh))
 
 
-def to_uint8(images: Float[np.ndarray, "B H W C"]) -> UInt8[np.ndarray, "B H W C"]:
-  """Images in [-1, 1] to bytes, floor(127.5 x + 128), as MeanFlow's evaluation rounds."""
-  return np.clip(np.floor(127.5 * images + 128), 0, 255).astype(np.uint8)
+def one_ahead(
+  dispatch: Callable[[int], Result], firsts: Iterable[int]
+) -> Iterator[tuple[int, Result]]:
+  """The result for each number, while the devices are at work on the next one."""
+  ahead: tuple[int, Result] | None = None
+  for first in firsts:
+    done, ahead = ahead, (first, dispatch(first))
+    if done:
+      yield done
+  if ahead:
+    yield ahead

@@ -9,7 +9,7 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from meanflow_jax import build
-from meanflow_jax.generate import Generator, to_uint8
+from meanflow_jax.generate import Generator
 from meanflow_jax.runtime.images import grid, save_npz, save_png
 
 
@@ -20,7 +20,7 @@ def draw(generator: Generator, params: PyTree, count: int) -> tuple[np.ndarray, 
   images, labels = zip(
     *tqdm.tqdm(batches, "sampling", total, leave=False, disable=None), strict=True
   )
-  return np.concatenate([to_uint8(batch) for batch in images]), np.concatenate(labels)
+  return np.concatenate(images), np.concatenate(labels)
 
 
 def run(config: ConfigDict, workdir: pathlib.Path, out: pathlib.Path) -> None:
@@ -30,15 +30,16 @@ def run(config: ConfigDict, workdir: pathlib.Path, out: pathlib.Path) -> None:
     mesh = build.mesh(config)
     method = build.method(config)
     network = build.network(config, mesh)
-    generator = build.generator(config, network, method, mesh, build.grid(config))
-    step, params = build.trained_params(config, workdir, network, mesh)
-  images, labels = draw(generator, params, config.sample.count)
+    generator = build.sample_generator(config, network, method, mesh)
+    item = build.ema_item(config, config.sample.ema)
+    step, items = build.trained_params(config, workdir, network, mesh, {item})
+  images, labels = draw(generator, items[item], config.sample.count)
   if jax.process_index() == 0:
     if out.suffix == ".png":
       save_png(out, grid(images, labels))
     else:
       save_npz(out, images, labels)
-    print(f"{len(images)} images of step {step}, {len(generator.grid) - 1} NFE: {out}")
+    print(f"{len(images)} images of step {step}, {generator.nfe} NFE: {out}")
 
 
 def _check_out(out: pathlib.Path) -> None:

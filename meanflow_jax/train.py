@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from clu import parameter_overview
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from meanflow_jax import build, evaluate, sample
@@ -48,8 +49,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     method = build.method(config)
     network = build.network(config, mesh)
     train_step = build.train_step(config, network, method, mesh)
-    generator = build.generator(config, network, method, mesh, build.grid(config))
-    shown = build.ema_item(config)
+    generator = build.sample_generator(config, network, method, mesh)
+    shown = build.ema_item(config, config.sample.ema)
     source = build.source(config)
     evaluator = evaluate.make_evaluator(config, network, method, mesh, source)
     claim(workdir)
@@ -96,8 +97,8 @@ class Outputs:
   Attributes:
     config, workdir: of the run.
     checkpoints, report: where states and metrics go.
-    generator, evaluator: of the grids and of the figures.
-    shown: the item of the checkpoint whose parameters they take.
+    generator, evaluator: of the grids and of the figures, if any.
+    shown: the item of the checkpoint whose parameters make the grids.
   """
 
   config: ConfigDict
@@ -105,7 +106,7 @@ class Outputs:
   checkpoints: Checkpoints
   report: Report
   generator: Generator
-  evaluator: Evaluator
+  evaluator: Evaluator | None
   shown: str
 
   def save(self, step: int, state: TrainState) -> None:
@@ -125,13 +126,30 @@ class Outputs:
 
   def measure(self, step: int, state: TrainState) -> None:
     """Computes and stores the figures."""
-    if not self.config.evaluate.count:
+    if self.evaluator is None:
       return
     with self.report.paused():
-      figures = self.evaluator(to_items(state)[self.shown])
+      items = to_items(state)
+      found = self.evaluator(items)
+      figures = self.evaluator.tagged(found)
       if jax.process_index() == 0:
-        evaluate.write_figures(self.config, self.workdir, step, figures)
+        rows = evaluate.rows_of(self.config, step, self.evaluator, found)
+        evaluate.write_rows(evaluate.figures_path(self.workdir, step), rows)
+        evaluate.plot_history(self.workdir, step)
       self.report.writer.write_scalars(step, figures)
+      if self.config.evaluate.best:
+        self.keep_if_best(step, items, figures)
+
+  def keep_if_best(self, step: int, items: dict[str, PyTree], figures: dict[str, float]) -> None:
+    """Keeps the parameters of a step whose figure is the best of all until now."""
+    name = self.config.evaluate.best
+    if not evaluate.is_best(self.workdir, name, figures[name]):
+      return
+    params = {name: tree for name, tree in items.items() if name != "opt_state"}
+    with build.best_checkpoint(self.workdir, read_only=False) as best:
+      best.save(step, params, self.config.to_dict())
+    if jax.process_index() == 0:
+      evaluate.note_best(self.workdir, step, name, figures[name])
 
   def leave(self, step: int, stop: StopRequest) -> NoReturn:
     """Ends the process once the checkpoint is on disk."""

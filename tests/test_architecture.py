@@ -15,7 +15,7 @@ FLOORS = (
   {"arrays"},
   {"methods", "models", "kernels", "metrics"},
   {"data", "runtime"},
-  {"train_step", "generate"},
+  {"train_step", "generate", "features", "stream", "evaluator", "export"},
   {
     "build",
     "command_line",
@@ -32,13 +32,17 @@ FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 SIDEWAYS = {
   "models": {"kernels"},
   "generate": {"train_step"},
+  "features": set(),
+  "stream": {"features", "generate"},
+  "evaluator": {"features", "generate", "stream", "train_step"},
+  "export": {"generate", "train_step"},
   "build": set(),
   "command_line": set(),
   "sample": {"build"},
   "evaluate": {"build"},
   "train": {"build", "sample", "evaluate"},
-  "prepare": {"build", "evaluate"},
-  "convert": {"build"},
+  "prepare": {"build", "command_line", "evaluate"},
+  "convert": {"build", "command_line"},
   "plan": {"build", "command_line", "benchmark"},
   "benchmark": {"build", "command_line"},
 }
@@ -49,6 +53,7 @@ CONFIGS = {"absl", "ml_collections"}
 LATE = {
   ("data", "sklearn"),
   ("data", "tensorflow_datasets"),
+  ("runtime", "torch"),
   ("runtime", "wandb"),
 }
 

@@ -14,7 +14,6 @@ from ml_collections import ConfigDict
 
 from configs import base
 from meanflow_jax import build, command_line
-from meanflow_jax.data.sources import Digits
 from meanflow_jax.evaluate import make_evaluator
 from tests.runs import mesh_of
 
@@ -88,9 +87,16 @@ def test_a_preset_builds(preset):
   config, mesh = load(preset), mesh_of(1, 1)
   network, method = build.network(config, mesh), build.method(config)
   build.train_step(config, network, method, mesh).abstract_state(mesh)
-  build.generator(config, network, method, mesh, build.grid(config))
-  build.ema_item(config)
-  make_evaluator(config, network, method, mesh, Digits(split="test"))
+  build.ema_item(config, config.sample.ema)
+  config.data.source = "synthetic"
+  if config.autoencoder.path:
+    with pytest.raises(FileNotFoundError, match="sd-vae-ft-mse"):
+      build.sample_generator(config, network, method, mesh)
+    config.autoencoder.path = ""
+    config.evaluate.extractors = ("pixels",)
+    config.evaluate.figures = ("frechet",)
+  build.sample_generator(config, network, method, mesh)
+  assert make_evaluator(config, network, method, mesh, build.source(config))
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -136,7 +142,7 @@ def test_a_published_recipe_is_that_of_the_paper(preset):
 class Reads(ast.NodeVisitor):
   """The keys of a config that a module reads.
 
-  Follows `config.section`, names that sections are assigned to, and `**section`.
+  Follows `config.section`, names that sections are assigned to, `**section` and `to_dict`.
   """
 
   def __init__(self):
@@ -158,6 +164,13 @@ class Reads(ast.NodeVisitor):
   def visit_Attribute(self, node: ast.Attribute) -> None:
     if isinstance(node.ctx, ast.Load) and (path := self._path(node)):
       self.keys.add(path)
+    self.generic_visit(node)
+
+  def visit_Call(self, node: ast.Call) -> None:
+    """`section.to_dict()` reads all of it."""
+    match node.func:
+      case ast.Attribute(value=value, attr="to_dict") if path := self._path(value):
+        self.splatted.add(path)
     self.generic_visit(node)
 
   def visit_keyword(self, node: ast.keyword) -> None:

@@ -161,10 +161,18 @@ def test_an_empty_source_is_refused():
 
 
 def test_ordered_batches_hold_every_item_once_in_order():
-  batches = list(loader.ordered_batches(Numbered(10, label=lambda index: index), 4))
-  assert [len(batch["label"]) for batch in batches] == [4, 4, 2]
-  np.testing.assert_array_equal(numbers(iter(batches), 3), np.arange(10))
-  np.testing.assert_array_equal(np.concatenate([b["label"] for b in batches]), np.arange(10))
+  def read(*rows: int) -> list[int]:
+    source = Numbered(10, label=lambda index: index)
+    batches = loader.ordered_batches(source, batch_size=4, rows=rows, num_threads=2, prefetch=2)
+    read = list(batches)
+    assert {len(batch["label"]) for batch in read} == {len(rows)}
+    np.testing.assert_array_equal(
+      numbers(iter(read), len(read)), np.concatenate([batch["label"] for batch in read])
+    )
+    return np.concatenate([batch["label"] for batch in read]).tolist()
+
+  assert read(0, 1, 2, 3) == [*range(10), 0, 1]  # filled up from the start
+  assert read(1, 2) == [1, 2, 5, 6, 9, 0]
 
 
 # Transforms.

@@ -1,64 +1,14 @@
-"""Inception score, kernel distance, precision and recall where they are known."""
+"""Kernel distance, precision and recall where they are known."""
 
 import numpy as np
 import pytest
-import scipy.special
-import scipy.stats
 from sklearn.metrics.pairwise import polynomial_kernel
 from sklearn.neighbors import NearestNeighbors
 
-from meanflow_jax.metrics.feature_sets import inception_score, kid, precision_recall
+from meanflow_jax.metrics.feature_sets import kid, precision_recall
 
 RNG = np.random.default_rng(0)
-LOGITS = RNG.normal(size=(200, 12)) * 3
 A, B = RNG.normal(size=(120, 5)), RNG.normal(size=(90, 5)) * 0.7 + 0.4
-
-
-# Inception score.
-
-
-@pytest.mark.parametrize("splits", [1, 2, 10])
-def test_images_that_all_look_the_same_score_one(splits):
-  row = RNG.normal(size=(1, 12))
-  for logits in (np.zeros((40, 12)), np.repeat(row, 40, axis=0)):
-    assert inception_score(logits, splits) == pytest.approx((1, 0), abs=1e-12)
-
-
-def test_sure_and_evenly_spread_predictions_score_the_number_of_classes():
-  """Also where certainty is complete, so that the other classes have probability 0."""
-  logits = np.tile(np.eye(12), (10, 1))
-  assert inception_score(logits * 1e4, 10) == pytest.approx((12, 0), rel=1e-12)
-  scores = [inception_score(logits * sureness, 1).mean for sureness in (0, 1, 5, 50)]
-  assert scores == sorted(scores)
-  assert scores[0] == pytest.approx(1)
-  assert scores[-1] == pytest.approx(12)
-
-
-def test_classes_that_never_occur_do_not_count():
-  logits = np.full((40, 12), -1e5)
-  logits[:20, 3] = logits[20:, 7] = 0
-  assert inception_score(logits, 1).mean == pytest.approx(2)
-  assert inception_score(logits, 2) == pytest.approx((1, 0))  # each of the splits knows one class
-
-
-def test_the_score_agrees_with_its_definition():
-  scores = []
-  for part in np.split(LOGITS, 10):
-    p = scipy.special.softmax(part, axis=1)
-    marginal = np.broadcast_to(p.mean(axis=0), p.shape)
-    scores.append(np.exp(scipy.stats.entropy(p, marginal, axis=1).mean()))
-  assert inception_score(LOGITS) == pytest.approx((np.mean(scores), np.std(scores)), rel=1e-12)
-
-
-def test_the_score_takes_logits_up_to_a_constant_and_log_probabilities():
-  expected = pytest.approx(inception_score(LOGITS), rel=1e-10)
-  assert inception_score(LOGITS + 1e3 * RNG.normal(size=(200, 1))) == expected
-  assert inception_score(scipy.special.log_softmax(LOGITS, axis=1)) == expected
-
-
-def test_single_precision_logits_are_scored_in_double():
-  logits = LOGITS.astype(np.float32)
-  assert inception_score(logits) == inception_score(logits.astype(np.float64))
 
 
 # Kernel distance.
@@ -163,10 +113,6 @@ def test_all_modes_but_one_are_recalled():
 def test_what_cannot_be_measured_is_refused():
   broken = A.copy()
   broken[3, 1], broken[5] = np.nan, np.inf
-  with pytest.raises(ValueError, match="2 of 120 logits are not finite"):
-    inception_score(broken)
-  with pytest.raises(ValueError, match="10 splits of 9 images"):
-    inception_score(A[:9])
   for figure in (kid, precision_recall):
     with pytest.raises(ValueError, match="2 of 120 feature vectors are not finite"):
       figure(B, broken)

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from meanflow_jax import build
-from meanflow_jax.generate import Generator, Labels, to_uint8
+from meanflow_jax.generate import ROUNDING, Generator, Labels
+from meanflow_jax.methods.guidance import SamplingGuidance
 from meanflow_jax.methods.sampler import time_grid
 from meanflow_jax.runtime import images as image_files
 from meanflow_jax.runtime.mesh import abstract, constrain_rows, parameter_shardings
@@ -31,23 +32,31 @@ def generator(
   return Generator(
     network=NETWORK.clone(constrain=constrain_rows(mesh)),
     step=METHOD.step,
+    guidance=SamplingGuidance(1.0, 0.0, 1.0, METHOD.null_label),
     grid=time_grid(2),
     image_shape=SHAPE,
     labels=Labels(labels, 1, 3),
     seed=seed,
     batch_size=batch_size,
+    rounding="meanflow",
     mesh=mesh,
+    decoder=None,
   )
 
 
 def generate(made: Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
-  """Images and labels, from parameters that lie where a run's would."""
+  """Images (not rounded) and labels, from parameters that lie where a run's would."""
+  params = placed_params(made)
+  compiled = jax.jit(made.__call__)
+  batches = [compiled(params, None, made.place(i)) for i in range(0, count, made.batch_size)]
+  images, labels = (np.concatenate(parts)[:count] for parts in zip(*batches, strict=True))
+  return images, labels
+
+
+def placed_params(made: Generator) -> Any:
   params = random_params(NETWORK, SHAPE)
   shardings = parameter_shardings(made.mesh, abstract(params, jax.tree.map(lambda x: None, params)))
-  batches = list(made.batches(jax.device_put(params, shardings), count))
-  assert [len(images) for images, _ in batches[:-1]] == [made.batch_size] * (len(batches) - 1)
-  images, labels = zip(*batches, strict=True)
-  return np.concatenate(images), np.concatenate(labels)
+  return jax.device_put(params, shardings)
 
 
 @functools.cache
@@ -67,6 +76,18 @@ def test_an_image_depends_on_its_number_alone(
   assert labels.shape == (count,)
   assert_close(images, one_by_one()[0][:count], rtol=1e-6)
   np.testing.assert_array_equal(labels, one_by_one()[1][:count])
+
+
+@pytest.mark.parametrize(("batch_size", "count"), [(8, 16), (8, 13), (16, 5)])
+def test_batches_are_the_images_in_8_bits(batch_size: int, count: int) -> None:
+  made = generator((8, 1), batch_size)
+  batches = list(made.batches(placed_params(made), count))
+  assert [len(images) for images, _ in batches[:-1]] == [batch_size] * (len(batches) - 1)
+  images, labels = (np.concatenate(parts) for parts in zip(*batches, strict=True))
+  assert images.dtype == np.uint8
+  expected, expected_labels = generate(made, count)
+  np.testing.assert_array_equal(images, ROUNDING["meanflow"](jnp.asarray(expected)))
+  np.testing.assert_array_equal(labels, expected_labels)
 
 
 def test_images_of_different_numbers_and_seeds_differ() -> None:
@@ -120,17 +141,21 @@ def test_unknown_label_rules_are_refused() -> None:
     Labels("even", 0, 4)
 
 
-def test_bytes_round_as_in_the_published_evaluation() -> None:
-  values = np.array([-9, -1, -1 + 1 / 128, 0, 126.9 / 127.5, 1, 9], np.float32)
-  rounded = to_uint8(values.reshape(-1, 1, 1, 1))
-  assert rounded.dtype == np.uint8
-  assert rounded.ravel().tolist() == [0, 0, 1, 128, 254, 255, 255]
+@pytest.mark.parametrize(
+  ("rounding", "expected"),
+  [("meanflow", [0, 0, 1, 128, 254, 255, 255]), ("adm", [0, 0, 0, 127, 254, 255, 255])],
+)
+def test_levels_round_as_in_the_published_evaluations(rounding: str, expected: list[int]) -> None:
+  values = jnp.array([-9, -1, -1 + 1 / 128, 0, 126.9 / 127.5, 1, 9], jnp.float32)
+  rounded = ROUNDING[rounding](values.reshape(-1, 1, 1, 1))
+  assert rounded.ravel().tolist() == expected
 
 
-def test_bytes_of_real_images_come_back() -> None:
-  bytes_ = np.arange(256, dtype=np.uint8).reshape(-1, 1, 1, 1)
-  difference = to_uint8(bytes_ / np.float32(127.5) - 1).astype(int) - bytes_
-  assert set(difference.ravel().tolist()) <= {0, 1}
+@pytest.mark.parametrize("rounding", sorted(ROUNDING))
+def test_levels_of_real_images_come_back(rounding: str) -> None:
+  levels = np.arange(256, dtype=np.float32).reshape(-1, 1, 1, 1)
+  difference = ROUNDING[rounding](jnp.asarray(levels / np.float32(127.5) - 1)) - levels
+  assert set(difference.ravel().tolist()) <= {0, 1, -1}
 
 
 def test_a_given_grid_wins_over_the_number_of_evaluations() -> None:

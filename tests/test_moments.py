@@ -88,9 +88,15 @@ def test_features_are_at_no_distance_from_themselves(count):
   assert frechet_distance(a, moved) == pytest.approx(np.sum(shift**2), rel=1e-6)
 
 
+def test_no_features_add_nothing():
+  none = Moments.of(FEATURES[:0])
+  for total in (none + none, none + Moments.of(FEATURES), Moments.of(FEATURES) + none):
+    assert total.count in (0, 200)
+    assert np.isfinite(total.scatter).all()
+  np.testing.assert_array_equal((none + Moments.of(FEATURES)).scatter, Moments.of(FEATURES).scatter)
+
+
 def test_what_cannot_be_measured_is_refused():
-  with pytest.raises(ValueError, match="moments of no features"):
-    Moments.of(FEATURES[:0])
   broken = FEATURES.copy()
   broken[3, 1], broken[5] = np.nan, np.inf
   with pytest.raises(ValueError, match="2 of 200 feature vectors are not finite"):

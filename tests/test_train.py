@@ -70,8 +70,16 @@ def test_a_run_leaves_everything_where_others_look_for_it(whole: Whole) -> None:
   assert names(whole.workdir / "checkpoints") == ["4", "8"]
   assert names(whole.workdir / "samples") == ["step_0000004.png", "step_0000008.png"]
   assert json.loads((whole.workdir / "config.json").read_text()) == json.loads(tiny().to_json())
-  figures = json.loads((whole.workdir / "figures" / "step_0000008.json").read_text())
-  assert figures.keys() == {"step", "frechet_pixels_nfe1", "count", "labels", "seed", "ema"}
+  assert names(whole.workdir / "figures") == ["history.png", "step_0000008.json"]
+  (row,) = json.loads((whole.workdir / "figures" / "step_0000008.json").read_text())
+  made = {"step": 8, "nfe": 1, "ema": 0.999, "omega": 1.0, "count": 32, "seed": 0}
+  assert made.items() <= row.items()
+  assert row["labels"] == "balanced"
+  assert row["rounding"] == "meanflow"
+  assert row["guidance"] == tiny().method.guidance.to_dict()
+  assert row["conventions"] == {"pixels": "pixels at most 16 wide"}
+  assert row["references"]["pixels"]["count"] == 1500
+  assert row["figures"].keys() == {"frechet_pixels"}
   with Image.open(whole.workdir / "samples" / "step_0000008.png") as image:
     assert image.size == (2 * 34, 10 * 34)  # a row per class, 20 images of 32 x 32
 
@@ -188,8 +196,9 @@ def test_evaluation_finds_the_figures_of_training(
   with devices(*whole.mesh):
     evaluate.run(tiny(), workdir)
   assert json.loads(stored.read_text()) == during_training
-  figure = f"frechet_pixels_nfe1  {during_training['frechet_pixels_nfe1']:.4f}  (step 8, 32 images)"
-  assert figure in capsys.readouterr().out
+  shown = " ".join(capsys.readouterr().out.split())
+  figure = during_training[0]["figures"]["frechet_pixels"]
+  assert f"step nfe ema omega count frechet_pixels 8 1 0.9990 1.0000 32 {figure:.4f}" in shown
 
 
 class Poisoned:
@@ -344,13 +353,13 @@ def test_training_learns(twins: Twins) -> None:
 
 @pytest.mark.slow
 def test_the_other_modes_read_what_training_left(twins: Twins, tmp_path: pathlib.Path) -> None:
-  during_training = json.loads((twins.whole / "figures" / "step_0000600.json").read_text())
+  (during_training,) = json.loads((twins.whole / "figures" / "step_0000600.json").read_text())
   evaluation = start(twins.whole, "--mode=evaluate", changes=LONG)
   out = tmp_path / "images.npz"
   sampling = start(twins.whole, "--mode=sample", f"--out={out}", changes=LONG)
   status, output, _ = finish(evaluation)
   assert status == 0
-  assert f"frechet_pixels_nfe1  {during_training['frechet_pixels_nfe1']:.4f}  (step 600" in output
+  assert f"{during_training['figures']['frechet_pixels']:.4f}" in output
   status, output, _ = finish(sampling)
   assert status == 0
   assert f"20 images of step 600, 1 NFE: {out}" in output

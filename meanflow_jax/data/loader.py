@@ -54,13 +54,18 @@ def batches(
   return iter(steps[first_step:].to_iter_dataset(options))
 
 
-def ordered_batches(source: Source, batch_size: int) -> Iterator[Batch]:
-  """Every example once, in the order of the source; the last batch may be smaller.
+def ordered_batches(
+  source: Source, *, batch_size: int, rows: Sequence[int], num_threads: int, prefetch: int
+) -> Iterator[Batch]:
+  """This host's rows of batches that hold every example once, in the order of the source.
 
-  Raises:
-    ValueError: as `batches`.
+  What the last batch lacks is filled from the start of the source. Arguments and errors are those
+  of `batches`.
   """
-  return iter(_checked(source).to_iter_dataset().batch(batch_size))
+  steps = -(-len(source) // batch_size)
+  elements = _Rows(_checked(source).repeat(), batch_size, rows)
+  options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
+  return iter(elements.batch(len(rows), drop_remainder=True)[:steps].to_iter_dataset(options))
 
 
 class _Rows(grain.MapDataset[Example]):

@@ -3,6 +3,7 @@
 import io
 import logging
 import os
+import zipfile
 from collections.abc import Iterable
 from typing import Protocol, runtime_checkable
 
@@ -216,6 +217,81 @@ def _find_images(folder: str) -> list[str]:
 def _images_among(names: Iterable[str]) -> list[str]:
   visible = (name for name in names if not name.startswith("."))
   return [name for name in visible if os.path.splitext(name)[1].lower() in _EXTENSIONS]
+
+
+class Npz:
+  """Images of one size in an .npz file as evaluators read it: uint8 `arr_0` [N, H, W, C].
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: it holds no such array.
+  """
+
+  num_classes = 1
+
+  def __init__(self, path: str):
+    try:
+      with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
+        self._images = stored["arr_0"]
+    except (KeyError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+      raise ValueError(f"{path} is not an .npz file with an array arr_0: {error}") from error
+    if self._images.ndim != 4 or self._images.dtype != np.uint8 or not len(self._images):
+      found = f"{self._images.dtype}{list(self._images.shape)}"
+      raise ValueError(f"arr_0 of {path} must be uint8 images [N, H, W, C], not {found}")
+
+  def __len__(self) -> int:
+    return len(self._images)
+
+  def __getitem__(self, index: int) -> Example:
+    return {"image": self._images[index], "label": np.int32(0)}
+
+
+class Pictures:
+  """All images below a folder, as they are: in colour, of one size, without labels.
+
+  Raises:
+    FileNotFoundError: there is no such folder.
+    ValueError: no images; from an item: an image of another size than the first.
+  """
+
+  num_classes = 1
+
+  def __init__(self, path: str):
+    if not os.path.isdir(path):
+      raise FileNotFoundError(f"{path} is neither a folder nor an .npz file")
+    self._files = _find_images(path)
+    if not self._files:
+      raise ValueError(f"no images in {path} or its sub-folders")
+    self._shape = self._read(0).shape
+
+  def __len__(self) -> int:
+    return len(self._files)
+
+  def __getitem__(self, index: int) -> Example:
+    image = self._read(index)
+    if image.shape != self._shape:
+      raise ValueError(
+        f"{self._files[index]} is {image.shape[:2]} while {self._files[0]} is {self._shape[:2]}: "
+        "figures are of images of one size"
+      )
+    return {"image": image, "label": np.int32(0)}
+
+  def _read(self, index: int) -> np.ndarray:
+    try:
+      with Image.open(self._files[index]) as image:
+        return transforms.to_array(image, 3)
+    except Exception as error:
+      raise UnreadableImageError(f"cannot read {self._files[index]}: {error}") from error
+
+
+def made_elsewhere(path: str) -> Source:
+  """Images to be scored: a folder of them, or an .npz file.
+
+  Raises:
+    FileNotFoundError: there is neither.
+    ValueError: there are no images, or not of one size.
+  """
+  return Npz(path) if path.endswith(".npz") else Pictures(path)
 
 
 class Synthetic:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import fractions
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +62,7 @@ class RowGroups:
     """Undoes `split`."""
     return jax.tree.map(self._merge_arrays, first, rest)
 
-  def check(self, batch: int) -> None:
+  def check(self, batch: Any) -> None:
     """Raises a ValueError if a batch does not consist of whole groups."""
     if batch % self.size:
       raise ValueError(f"a batch of {batch} rows does not divide into groups of {self.size}")

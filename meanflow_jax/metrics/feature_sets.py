@@ -1,4 +1,4 @@
-"""Figures of merit that take features, or logits, of single images; float64 on the host.
+"""Figures of merit that take the features of single images; float64 on the host.
 
 Unlike moments, these cannot be streamed: all features are kept, which for 50,000 images of 2048
 float32 numbers are 0.4 GB a set. What is computed from them comes in blocks.
@@ -34,30 +34,6 @@ class PrecisionRecall(NamedTuple):
 
   precision: float
   recall: float
-
-
-def inception_score(logits: Float[np.ndarray, "N K"], splits: int = 10) -> Estimate:
-  """The inception score, exp E KL(p(y|x) || p(y)), over consecutive splits (arXiv 1606.03498).
-
-  The logarithms of probabilities serve as logits too.
-
-  Raises:
-    ValueError: if there are fewer images than splits, or a logit is not finite.
-  """
-  if not 1 <= splits <= len(logits):
-    raise ValueError(f"an inception score in {splits} splits of {len(logits)} images")
-  _check_finite("logits", logits)
-  return Estimate.of([_split_score(part) for part in np.array_split(logits, splits)])
-
-
-def _split_score(logits: Float[np.ndarray, "N K"]) -> float:
-  logits = logits.astype(np.float64)
-  logits -= logits.max(axis=1, keepdims=True)
-  log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-  p = np.exp(log_p)
-  marginal = p.mean(axis=0)
-  log_marginal = np.log(np.where(marginal > 0, marginal, 1))  # what never occurs weighs nothing
-  return float(np.exp(np.sum(p * (log_p - log_marginal[None])) / len(p)))
 
 
 def kid(

@@ -25,11 +25,11 @@ class Moments:
     """The moments of some vectors.
 
     Raises:
-      ValueError: if there are none, or one is not finite.
+      ValueError: if one is not finite.
     """
     features = np.asarray(features, np.float64)
     if not len(features):
-      raise ValueError("moments of no features")
+      return cls(0, np.zeros(features.shape[1]), np.zeros(2 * features.shape[1:]))
     bad = np.count_nonzero(~np.isfinite(features).all(axis=1))
     if bad:
       raise ValueError(f"{bad} of {len(features)} feature vectors are not finite")
@@ -40,6 +40,8 @@ class Moments:
   def __add__(self, other: "Moments") -> "Moments":
     """The moments of both streams together (Chan et al. 1979)."""
     count = self.count + other.count
+    if not count:
+      return self
     shift = other.mean - self.mean
     scatter = self.scatter + other.scatter
     scatter += np.outer(shift, shift) * (self.count * other.count / count)

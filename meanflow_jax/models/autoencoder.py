@@ -23,6 +23,9 @@ DTYPES = ("float32", "bfloat16")
 EPSILON = 1e-6
 LOG_VARIANCE = (-30.0, 20.0)
 
+# The parts of the parameters that decoding reads.
+DECODING = ("decoder", "post_quant_conv")
+
 # Of another height, width and number of channels than the Image that goes in.
 Other = Float[Array, "B h w c"]
 

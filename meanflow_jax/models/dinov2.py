@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Num
 
 from meanflow_jax.arrays import Image
 from meanflow_jax.kernels import attention
@@ -30,8 +30,8 @@ MEAN = (0.485, 0.456, 0.406)
 DEVIATION = (0.229, 0.224, 0.225)
 
 
-def preprocess(images: UInt8[Array, "B H W 3"]) -> Float[Array, "B h w 3"]:
-  """Resizes to 224 x 224 and normalises, as FD-DINOv2's reference does (arXiv 2306.04675).
+def preprocess(images: Num[Array, "B H W 3"]) -> Float[Array, "B h w 3"]:
+  """Resizes 8-bit values to 224 x 224 and normalises, as FD-DINOv2's reference (arXiv 2306.04675).
 
   Bicubic is Pillow's: Keys' kernel with a = -0.5, widened when it shrinks (so that it does not
   alias), along rows and then along columns, and rounded to 8 bits after each. (Since version 13,

@@ -1,72 +1,231 @@
-"""Published weights on disk: a folder with config.json and a safetensors file.
+"""Published weights on disk, as safetensors: no pickle is read, and nothing is downloaded.
 
-Neither PyTorch nor pickle is involved, and nothing is downloaded.
+The autoencoder and DINOv2 are published as a folder with config.json and a safetensors file, which
+is read as it is. Inception is published as a PyTorch file, which is converted once.
 """
 
-import dataclasses
 import hashlib
 import json
+import os
 import pathlib
-from typing import Any
+import pickle
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors
 import safetensors.numpy
 
+from meanflow_jax.models import inception
+from meanflow_jax.runtime.downloads import COMMAND, PUBLISHED, sha256
+
 CONFIG = "config.json"
+CONVERT = "python -m meanflow_jax.convert --inception={pth} --out={out}"
+
+# What the header of a converted file says: the hash of its source, and of its own tensors.
+SOURCE, CONTENT = "source_sha256", "tensors_sha256"
+
+Tensors = dict[str, np.ndarray]
 
 
-@dataclasses.dataclass(frozen=True)
-class Published:
-  """What is published, and where.
+class Origin(NamedTuple):
+  """Where weights come from.
+
+  Attributes:
+    sha256: of the file that they were published as, or else of the one that they are in.
+    names: which published weights these are; empty if they are none that is known.
+  """
+
+  sha256: str
+  names: tuple[str, ...]
+
+  @property
+  def known(self) -> bool:
+    """Whether figures made with these weights can be compared with others'."""
+    return bool(self.names)
+
+  def __str__(self) -> str:
+    return f"{' or '.join(self.names) or 'unpublished weights'} (sha256 {self.sha256})"
+
+
+class Published(NamedTuple):
+  """What a folder may hold.
 
   Attributes:
     weights: name of the safetensors file.
-    models: ids on Hugging Face of what such a folder may hold.
+    models: names of what can be downloaded.
   """
 
   weights: str
   models: tuple[str, ...]
 
 
-AUTOENCODER = Published(
-  "diffusion_pytorch_model.safetensors", ("stabilityai/sd-vae-ft-mse", "stabilityai/sd-vae-ft-ema")
-)
-DINOV2 = Published("model.safetensors", ("facebook/dinov2-large",))
+AUTOENCODER = Published("diffusion_pytorch_model.safetensors", ("sd-vae-ft-mse", "sd-vae-ft-ema"))
+DINOV2 = Published("model.safetensors", ("dinov2-large",))
+INCEPTION = "inception"
+
+
+def origin(path: pathlib.Path | str) -> Origin:
+  """Tells by its hash which published file this is."""
+  return _origin(sha256(path))
+
+
+def _origin(digest: str) -> Origin:
+  names = (name for name, files in PUBLISHED.items() if digest in {file.sha256 for file in files})
+  return Origin(digest, tuple(names))
+
+
+# Folders.
 
 
 def load(
-  folder: pathlib.Path | str, published: Published
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+  folder: pathlib.Path | str, published: Published, sha256: str | None = None
+) -> tuple[dict[str, Any], Tensors]:
   """Reads the config, and all tensors by name.
+
+  Other weights of the same names and shapes are legitimate (fine-tuned ones, say): which they are,
+  `origin` tells.
+
+  Args:
+    folder: of the two files.
+    published: what they are called.
+    sha256: the hash that the weights must have; any if None.
 
   Raises:
     FileNotFoundError: if one of the two files is missing; says where they are published.
-    ValueError: if one is broken.
+    ValueError: if one is broken, or the weights are others than asked for.
   """
   folder = pathlib.Path(folder)
   config, weights = folder / CONFIG, folder / published.weights
   for path in (config, weights):
     if not path.is_file():
-      raise FileNotFoundError(_missing(path, published))
+      raise FileNotFoundError(_missing(path, published.models))
+  if sha256 and (found := origin(weights)).sha256 != sha256:
+    raise ValueError(f"{weights} is {found}, but {_origin(sha256)} is asked for")
   try:
-    return json.loads(config.read_text()), safetensors.numpy.load_file(weights)
+    return json.loads(config.read_text()), _read(weights)
   except json.JSONDecodeError as error:
     raise ValueError(f"{config} is not JSON: {error}") from error
+
+
+def _read(path: pathlib.Path) -> Tensors:
+  try:
+    return safetensors.numpy.load_file(path)
   except safetensors.SafetensorError as error:
-    raise ValueError(f"{weights} is not a whole safetensors file: {error}") from error
+    raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
 
 
-def sha256(path: pathlib.Path | str) -> str:
-  """The hash of a file of any size, in hexadecimal digits."""
-  with open(path, "rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
+def _missing(path: pathlib.Path, models: tuple[str, ...]) -> str:
+  places = [
+    f"  {file.url}\n    sha256 {file.sha256}, fetched by\n"
+    f"    {COMMAND.format(name=name, folder=path.parent)}"
+    for name in models
+    for file in PUBLISHED[name]
+    if file.name == path.name
+  ]
+  return "\n".join(
+    [
+      f"{path} does not exist. Nothing is downloaded by itself. It is published as",
+      *places,
+      "Other tools can fetch it as well, such as `hf download`.",
+    ]
+  )
 
 
-def _missing(path: pathlib.Path, published: Published) -> str:
-  files = f"{CONFIG} {published.weights}"
+# Inception.
+
+
+def load_inception(path: pathlib.Path | str) -> tuple[Tensors, Origin]:
+  """Reads the weights of FID's Inception from a safetensors file with the published names.
+
+  Returns:
+    The tensors, for `inception.params_from_torch`, and where they come from.
+
+  Raises:
+    FileNotFoundError: if it is missing; says where it is published and how to get it.
+    ValueError: if it is PyTorch's file, broken, or changed since it was converted.
+  """
+  path = pathlib.Path(path)
+  if not path.is_file():
+    raise FileNotFoundError(_missing_inception(path))
+  if path.suffix != ".safetensors":
+    raise ValueError(
+      f"{path} is not a safetensors file, and PyTorch's are not read here: convert it with "
+      f"`{CONVERT.format(pth=path, out=path.with_suffix('.safetensors'))}`"
+    )
+  tensors = _read(path)
+  with safetensors.safe_open(path, framework="numpy") as file:
+    header = file.metadata() or {}
+  if SOURCE not in header:
+    return tensors, origin(path)
+  if header.get(CONTENT) != _content(tensors):
+    raise ValueError(f"{path} has been changed since it was converted: convert it again")
+  return tensors, _origin(header[SOURCE])
+
+
+def convert_inception(pth: pathlib.Path | str, out: pathlib.Path | str) -> Origin:
+  """Rewrites PyTorch's file of the Inception as safetensors, whole or not at all.
+
+  PyTorch reads it, and nothing but tensors (`weights_only`): no code in it is run.
+
+  Args:
+    pth: the file as it is published.
+    out: must not exist.
+
+  Returns:
+    Where the weights come from: the hash of `pth`, which is written into the header.
+
+  Raises:
+    FileNotFoundError: if `pth` is missing; says where it is published.
+    ModuleNotFoundError: without PyTorch.
+    ValueError: `out` exists or is called otherwise, or `pth` does not hold these weights.
+  """
+  pth, out = pathlib.Path(pth), pathlib.Path(out)
+  if out.suffix != ".safetensors" or out.exists():
+    raise ValueError(f"the converted file must be new and end in .safetensors, got {out}")
+  if not pth.is_file():
+    raise FileNotFoundError(_missing_inception(out, pth))
+  found, tensors = origin(pth), _torch_tensors(pth)
+  inception.params_from_torch(tensors)
+  header = {SOURCE: found.sha256, CONTENT: _content(tensors), "source": pth.name}
+  partial = out.with_name(f"{out.name}.partial")
+  safetensors.numpy.save_file(tensors, partial, header)
+  os.replace(partial, out)
+  return found
+
+
+def _torch_tensors(pth: pathlib.Path) -> Tensors:
+  try:
+    import torch
+  except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+      f"reading {pth} takes PyTorch, for this command alone: pip install torch"
+    ) from error
+  try:
+    state = torch.load(pth, map_location="cpu", weights_only=True)
+  except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    raise ValueError(f"{pth} is not a PyTorch file of tensors alone: {error}") from error
+  if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
+    raise ValueError(f"{pth} does not hold tensors by name")
+  return {name: np.ascontiguousarray(tensor.numpy()) for name, tensor in state.items()}
+
+
+def _content(tensors: Mapping[str, np.ndarray]) -> str:
+  """The hash of names, types, shapes and values; safetensors itself has none."""
+  digest = hashlib.sha256()
+  for name in sorted(tensors):
+    tensor = tensors[name]
+    digest.update(f"{name} {tensor.dtype.str} {tensor.shape}\n".encode())
+    digest.update(np.ascontiguousarray(tensor).data)
+  return digest.hexdigest()
+
+
+def _missing_inception(path: pathlib.Path, pth: pathlib.Path | None = None) -> str:
+  (file,) = PUBLISHED[INCEPTION]
+  source = path.parent / file.name
   return (
-    f"{path} does not exist. It is published on Hugging Face as part of "
-    f"{' or '.join(published.models)}. Nothing is downloaded by itself: fetch both files, for"
-    f" example with `hf download {published.models[0]} {files} --local-dir {path.parent}`."
+    f"{pth or path} does not exist. It is made of {file.name} (sha256 {file.sha256}), "
+    f"published at\n  {file.url}\nby these commands:\n"
+    f"  {COMMAND.format(name=INCEPTION, folder=path.parent)}\n"
+    f"  {CONVERT.format(pth=source, out=path)}"
   )

@@ -6,7 +6,7 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -84,6 +84,16 @@ def write_whole(path: pathlib.Path, text: str) -> None:
   partial = path.with_name(f"{path.name}.partial")
   partial.write_text(text)
   os.replace(partial, path)
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+  """Rows with the same keys as aligned text, below a line of the keys."""
+  text = lambda value: f"{value:.4f}" if isinstance(value, float) else str(value)
+  lines = [list(rows[0]), *([text(value) for value in row.values()] for row in rows)]
+  widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+  return "\n".join(
+    "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines
+  )
 
 
 def _step_of(line: str) -> float:

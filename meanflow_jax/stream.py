@@ -1,0 +1,256 @@
+"""From images on the devices to summaries on the hosts: one compiled step after the other.
+
+Images stay where they are made. A host sees the features of its own devices' images, adds up their
+moments in double precision, and hands these to the others at the end.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import io
+import operator
+import os
+import pathlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+from jax.experimental import multihost_utils
+from jaxtyping import Array, Bool, PyTree
+
+from meanflow_jax.arrays import Image
+from meanflow_jax.data.loader import ordered_batches
+from meanflow_jax.data.sources import Source
+from meanflow_jax.features import Extractor, Outputs
+from meanflow_jax.generate import Generator, one_ahead
+from meanflow_jax.metrics.summary import Summary
+from meanflow_jax.runtime.mesh import global_batch, local_rows, rows_sharding
+
+SAVE_EVERY = 60.0  # seconds
+
+# What a step makes of a batch: which images are finite, and their features by extractor.
+Step = tuple[Bool[Array, "B"], dict[str, Outputs]]
+Summaries = dict[str, Summary]
+
+
+def extract(extractors: Sequence[Extractor], levels: Image) -> Step:
+  """The features of images given by their levels, 0 to 255; to be jitted."""
+  finite = jnp.isfinite(levels).all(axis=(1, 2, 3))
+  return finite, {extractor.name: extractor(levels) for extractor in extractors}
+
+
+@dataclasses.dataclass(frozen=True)
+class Resumable:
+  """Where the sums so far are kept, so that an interrupted evaluation goes on.
+
+  Attributes:
+    path: of this process's file, named after all that the sums depend on; None keeps nothing.
+  """
+
+  path: pathlib.Path | None
+
+  def load(self) -> tuple[int, Summaries]:
+    """How many images are done, and their summaries."""
+    if self.path is None or not self.path.exists():
+      return 0, {}
+    with np.load(self.path, allow_pickle=False) as stored:
+      return int(stored["done"]), _from_arrays(stored)
+
+  def save(self, done: int, summaries: Summaries) -> None:
+    """Keeps the summaries of the first `done` images."""
+    if self.path is None:
+      return
+    self.path.parent.mkdir(parents=True, exist_ok=True)
+    partial = self.path.with_suffix(".partial")
+    with open(partial, "wb") as file:
+      np.savez(file, done=done, **_to_arrays(summaries))
+    os.replace(partial, self.path)
+
+  def discard(self) -> None:
+    """Removes the file, and its folder with the last one."""
+    if self.path is not None and self.path.exists():
+      self.path.unlink()
+      with contextlib.suppress(OSError):  # others are in it
+        self.path.parent.rmdir()
+
+
+def of_generated(
+  generator: Generator,
+  params: PyTree,
+  extractors: Sequence[Extractor],
+  count: int,
+  *,
+  keep: bool,
+  resumable: Resumable,
+  title: str,
+) -> Summaries:
+  """The summaries of images 0, ..., count - 1 of a generator, by extractor.
+
+  Args:
+    generator: of the images.
+    params: of its network.
+    extractors: of the features; all see the same images.
+    count: of images.
+    keep: whether the features of single images are needed.
+    resumable: where the sums so far are kept.
+    title: of the progress bar.
+
+  Raises:
+    ValueError: if an image or a feature is not finite.
+  """
+
+  def step(params: PyTree, decoder: PyTree, extractors: Sequence[Extractor], first: Array) -> Step:
+    return extract(extractors, generator.levels(params, decoder, first)[0])
+
+  compiled = jax.jit(step, out_shardings=rows_sharding(generator.mesh))
+  dispatch = lambda first: compiled(params, generator.decoder, extractors, generator.place(first))
+  start, summaries = resumable.load()
+  steps = one_ahead(dispatch, range(start, count, generator.batch_size))
+  return _add_up(steps, summaries, count, generator.batch_size, keep, resumable, title)
+
+
+def of_source(
+  source: Source,
+  extractors: Sequence[Extractor],
+  mesh: jax.sharding.Mesh,
+  *,
+  batch_size: int,
+  keep: bool,
+  num_threads: int,
+  prefetch: int,
+  title: str,
+) -> tuple[Summaries, int]:
+  """The summaries of all images of a source, by extractor, and the sum of their digests.
+
+  Arguments and errors are as those of `of_generated` and `data.loader.ordered_batches`.
+  """
+  compiled = jax.jit(
+    lambda extractors, image: extract(extractors, levels_of(image)),
+    out_shardings=rows_sharding(mesh),
+  )
+  rows = local_rows(mesh, batch_size)
+  batches = ordered_batches(
+    source, batch_size=batch_size, rows=rows, num_threads=num_threads, prefetch=prefetch
+  )
+  digests: list[int] = []
+
+  def dispatch(first: int) -> Step:
+    images = next(batches)["image"]
+    present = [image for row, image in zip(rows, images, strict=True) if first + row < len(source)]
+    digests.append(sum(map(digest, present)))
+    return compiled(extractors, global_batch(mesh, {"image": images})["image"])
+
+  steps = one_ahead(dispatch, range(0, len(source), batch_size))
+  summaries = _add_up(steps, {}, len(source), batch_size, keep, Resumable(None), title)
+  return summaries, sum(int(part) for part in _gathered(str(sum(digests)).encode()))
+
+
+def levels_of(image: Array) -> Image:
+  """The levels of real images, uint8 or float32 in [-1, 1]; they are not rounded."""
+  if image.dtype == jnp.uint8:
+    return image.astype(jnp.float32)
+  return jnp.clip(127.5 * (image + 1), 0, 255)
+
+
+def digest(image: np.ndarray) -> int:
+  """64 bits of the hash of an image's pixels."""
+  return int.from_bytes(hashlib.sha256(np.ascontiguousarray(image)).digest()[:8], "big")
+
+
+def _add_up(
+  steps: Iterator[tuple[int, Step]],
+  summaries: Summaries,
+  count: int,
+  batch_size: int,
+  keep: bool,
+  resumable: Resumable,
+  title: str,
+) -> Summaries:
+  """Adds the images of each step to the summaries; all hosts return those of all images."""
+  done = saved = 0
+  last_saved = time.monotonic()
+  progress = tqdm.tqdm(total=count, desc=title, unit="image", leave=False, disable=None)
+  try:
+    for first, (finite, outputs) in steps:
+      progress.update(min(first, count) - progress.n)
+      _require_finite(finite, first, count)
+      for name, arrays in outputs.items():
+        index, local = _local(arrays, first, count)
+        part = Summary.of(count, index, local, keep=keep)
+        summaries[name] = summaries[name] + part if name in summaries else part
+      done = min(first + batch_size, count)
+      if time.monotonic() - last_saved > SAVE_EVERY:
+        resumable.save(done, summaries)
+        last_saved, saved = time.monotonic(), done
+  finally:
+    progress.close()
+    if done > saved:
+      resumable.save(done, summaries)
+  return _over_hosts(summaries)
+
+
+def _require_finite(finite: Bool[Array, "B"], first: int, count: int) -> None:
+  _, (mine,) = _rows((finite,), first, count)
+  bad = int(np.count_nonzero(~mine))
+  if bad:
+    raise ValueError(
+      f"{bad} of the {len(mine)} images from number {first} on are not finite: figures of "
+      "the others would mislead"
+    )
+
+
+def _local(arrays: Outputs, first: int, count: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+  """This host's images of a step: their numbers, and what there is of them."""
+  index, values = _rows(tuple(arrays.values()), first, count)
+  return index, dict(zip(arrays, values, strict=True))
+
+
+def _rows(
+  arrays: tuple[Array, ...], first: int, count: int
+) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+  """The rows that lie on this host's devices, below `count`, and their numbers."""
+  shards = arrays[0].addressable_shards
+  rows = np.concatenate([np.arange(len(arrays[0]))[shard.index[0]] for shard in shards])
+  real = first + rows < count
+  values = (np.concatenate([s.data for s in a.addressable_shards])[real] for a in arrays)
+  return first + rows[real], tuple(values)
+
+
+def _over_hosts(summaries: Summaries) -> Summaries:
+  """The sums of all hosts' summaries."""
+  if jax.process_count() == 1:
+    return summaries
+  buffer = io.BytesIO()
+  np.savez(buffer, **_to_arrays(summaries))
+  each = [_from_arrays(np.load(io.BytesIO(part))) for part in _gathered(buffer.getvalue())]
+  return {name: functools.reduce(operator.add, (part[name] for part in each)) for name in each[0]}
+
+
+def _gathered(data: bytes) -> list[bytes]:
+  """The bytes of every host: numbers would lose their second half on the way over the devices."""
+  sizes = np.atleast_1d(multihost_utils.process_allgather(np.int32(len(data))))
+  padded = np.zeros(sizes.max(), np.uint8)
+  padded[: len(data)] = np.frombuffer(data, np.uint8)
+  parts = np.atleast_2d(multihost_utils.process_allgather(padded))
+  return [part[:size].tobytes() for part, size in zip(parts, sizes, strict=True)]
+
+
+def _to_arrays(summaries: Summaries) -> dict[str, np.ndarray]:
+  return {
+    f"{name}/{key}": array
+    for name, summary in summaries.items()
+    for key, array in summary.to_arrays().items()
+  }
+
+
+def _from_arrays(stored: Mapping[str, np.ndarray]) -> Summaries:
+  parts: dict[str, dict[str, np.ndarray]] = {}
+  for path in stored:
+    name, _, key = path.partition("/")
+    if key:
+      parts.setdefault(name, {})[key] = stored[path]
+  return {name: Summary.from_arrays(arrays) for name, arrays in parts.items()}

@@ -1,0 +1,212 @@
+"""Figures from the entry point: the same of one set of images, by whichever way they come."""
+
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from meanflow_jax import build, evaluate, prepare, sample, stream, train
+from meanflow_jax.build import UserError
+from meanflow_jax.runtime.reference_statistics import read
+from tests.runs import devices, files_below, tiny
+
+Rows = list[dict[str, Any]]
+ALL = ("frechet", "kid", "precision_recall")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_device() -> Any:
+  with devices(1, 1):
+    yield
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+  workdir = tmp_path_factory.mktemp("trained") / "run"
+  train.run(tiny({"evaluate.count": 0}), workdir)
+  return workdir
+
+
+@pytest.fixture
+def workdir(trained: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+  return shutil.copytree(trained, tmp_path / "run")
+
+
+def evaluated(workdir: pathlib.Path, **changes: Any) -> Rows:
+  """The rows that an evaluation stores, of changes to the section `evaluate`."""
+  evaluate.run(tiny({f"evaluate.{key}": value for key, value in changes.items()}), workdir)
+  return json.loads((workdir / "figures" / "step_0000008.json").read_text())
+
+
+def test_a_sweep_has_a_row_for_each_setting(
+  workdir: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+  sweep = {"nfe": (1, 3), "ema": (0.0, 0.999), "omega": (1.0, 2.0)}
+  rows = evaluated(workdir, **sweep, figures=ALL)
+  settings = [(row["nfe"], row["ema"], row["omega"]) for row in rows]
+  assert settings == [(n, e, o) for n in (1, 3) for e in (0.0, 0.999) for o in (1.0, 2.0)]
+  distances = [row["figures"]["frechet_pixels"] for row in rows]
+  assert len(set(distances)) == 8
+  named = {"frechet_pixels", "kid_pixels", "kid_std_pixels", "precision_pixels", "recall_pixels"}
+  assert rows[0]["figures"].keys() == named
+  table = capsys.readouterr().out
+  assert all(f"{distance:.4f}" in table for distance in distances)
+  assert "pixels at most 16 wide, against 1500 images" in table
+  with Image.open(workdir / "figures" / "step_0000008.png") as plot:
+    assert min(plot.size) > 300
+  # Another evaluation takes the place of the rows that it repeats, and leaves the others.
+  (*kept, last) = evaluated(workdir, nfe=(1,), figures=ALL)
+  assert last == rows[2]
+  assert kept == rows[:2] + rows[3:]
+
+
+def test_images_written_and_scored_have_the_figures_of_the_evaluation(
+  workdir: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+  (row,) = evaluated(workdir, figures=ALL, count=20)
+  sample.run(tiny({"sample.count": 20}), workdir, tmp_path / "images.npz")
+  changes = {"evaluate.figures": ALL}
+  evaluate.run_elsewhere(tiny(changes), workdir, str(tmp_path / "images.npz"))
+  (scored,) = json.loads((workdir / "figures" / "images.json").read_text())
+  assert scored["figures"] == pytest.approx(row["figures"], rel=1e-9)
+  assert scored["count"] == 20
+  assert scored["conventions"] == row["conventions"]
+
+
+def save_folder(folder: pathlib.Path, images: np.ndarray) -> None:
+  folder.mkdir()
+  for number, image in enumerate(images):
+    Image.fromarray(image).save(folder / f"{number:03d}.png")
+
+
+def test_a_folder_is_scored_as_an_npz_file(tmp_path: pathlib.Path) -> None:
+  rng = np.random.default_rng(0)
+  real, made = rng.integers(256, size=(2, 30, 8, 8, 3), dtype=np.uint8)
+  save_folder(tmp_path / "made", made[:25])
+  np.savez(tmp_path / "made.npz", arr_0=made[:25])
+  save_folder(tmp_path / "real", real)
+  prepare.make_statistics(tiny(), tmp_path / "real.npz", str(tmp_path / "real"))
+  config = tiny({"evaluate.statistics.pixels": str(tmp_path / "real.npz")})
+  for name in ("made", "made.npz"):
+    evaluate.run_elsewhere(config, tmp_path / "run", str(tmp_path / name))
+  first, second = json.loads((tmp_path / "run" / "figures" / "made.json").read_text())
+  assert first["figures"] == second["figures"]
+  assert first["fingerprint"] == second["fingerprint"]
+  assert first["references"]["pixels"]["count"] == 30
+  deviation = lambda images: images.reshape(len(images), -1) / 127.5 - 1
+  shift = deviation(made[:25]).mean(0) - deviation(real).mean(0)
+  assert first["figures"]["frechet_pixels"] > np.sum(shift**2)
+
+
+@pytest.mark.parametrize("figures", [("frechet",), ALL])
+def test_statistics_stand_in_for_the_images(
+  workdir: pathlib.Path, tmp_path: pathlib.Path, figures: tuple[str, ...]
+) -> None:
+  out = tmp_path / "real.npz"
+  prepare.make_statistics(tiny({"evaluate.figures": figures}), out, None)
+  (row,) = evaluated(workdir, figures=figures)
+  (workdir / "figures" / "step_0000008.json").unlink()
+  (again,) = evaluated(workdir, figures=figures, **{"statistics.pixels": str(out)})
+  assert again["figures"] == pytest.approx(row["figures"], rel=1e-9)
+  assert again["references"] == row["references"]
+  assert read(out, convention="pixels at most 16 wide", resolution=(8, 8, 1)).count == 1500
+  with pytest.raises(UserError, match="exists"):
+    prepare.make_statistics(tiny(), out, None)
+
+
+def test_an_evaluation_that_was_interrupted_goes_on(
+  workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  prepare.make_statistics(tiny(), workdir / "real.npz", None)
+  settings = {"nfe": (1, 2), "statistics.pixels": str(workdir / "real.npz")}
+  expected = evaluated(workdir, **settings)
+  (workdir / "figures" / "step_0000008.json").unlink()
+  one_ahead, dispatched = stream.one_ahead, []
+
+  def watched(dispatch: Any, firsts: range) -> Any:
+    for step in one_ahead(dispatch, firsts):
+      dispatched.append(step[0])
+      if len(dispatched) == 4:  # the second of the second row
+        raise KeyboardInterrupt
+      yield step
+
+  monkeypatch.setattr(stream, "one_ahead", watched)
+  with pytest.raises(KeyboardInterrupt):
+    evaluated(workdir, **settings)
+  assert len(list((workdir / "figures" / "unfinished").iterdir())) == 2
+  dispatched.clear()
+  assert evaluated(workdir, **settings) == expected
+  assert dispatched == [16]  # all that was missing
+  assert not (workdir / "figures" / "unfinished").exists()
+
+
+def test_the_best_checkpoint_is_kept_and_sampled(tmp_path: pathlib.Path) -> None:
+  name = "frechet_pixels_nfe1"
+  config = tiny({"train.evaluate_every": 2, "evaluate.best": name})
+  train.run(config, tmp_path / "run")
+  figures = {
+    path.stem: json.loads(path.read_text())[0]["figures"]["frechet_pixels"]
+    for path in (tmp_path / "run" / "figures").glob("step_*.json")
+  }
+  assert len(figures) == 4
+  best = min(figures, key=figures.__getitem__)
+  noted = json.loads((tmp_path / "run" / "best.json").read_text())
+  step = int(best.removeprefix("step_"))
+  assert noted == {"step": step, "figure": name, "value": figures[best]}
+  with build.best_checkpoint(tmp_path / "run", read_only=True) as saved:
+    assert saved.steps() == [step]
+  sample.run(tiny({"sample.checkpoint": "best"}), tmp_path / "run", tmp_path / "best.npz")
+  assert (tmp_path / "run" / "figures" / "history.png").stat().st_size > 5_000
+
+
+def test_few_images_for_many_features_are_remarked_upon(
+  workdir: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+  evaluated(workdir, count=30)
+  assert "30 images for 64 pixels features" in caplog.text
+  assert "too large" in caplog.text
+  caplog.clear()
+  evaluated(workdir, count=80)
+  assert "images for" not in caplog.text
+
+
+@pytest.mark.parametrize(
+  ("images", "words"),
+  [
+    ("absent", ["absent", "neither a folder nor an .npz"]),
+    ("absent.npz", ["absent.npz"]),
+    ("empty", ["no images in"]),
+    ("sizes", ["(9, 8)", "(8, 8)", "of one size"]),
+    ("floats.npz", ["uint8", "float64"]),
+    ("other.npz", ["(4, 4, 1)", "(8, 8, 1)", "evaluate.statistics.pixels"]),
+  ],
+)
+def test_images_that_cannot_be_scored(
+  tmp_path: pathlib.Path, images: str, words: list[str]
+) -> None:
+  (tmp_path / "empty").mkdir()
+  save_folder(tmp_path / "sizes", np.zeros((2, 8, 8, 3), np.uint8))
+  Image.new("RGB", (8, 9)).save(tmp_path / "sizes" / "zzz.png")
+  np.savez(tmp_path / "floats.npz", arr_0=np.zeros((2, 8, 8, 1)))
+  np.savez(tmp_path / "other.npz", arr_0=np.zeros((2, 4, 4, 1), np.uint8))
+  np.savez(tmp_path / "real.npz", mu=np.zeros(192), sigma=np.eye(192))
+  changes = {"evaluate.statistics.pixels": str(tmp_path / "real.npz")} if images == "sizes" else {}
+  before = files_below(tmp_path)
+  with pytest.raises(UserError) as refusal:
+    evaluate.run_elsewhere(tiny(changes), tmp_path / "run", str(tmp_path / images))
+  assert all(word in str(refusal.value) for word in words), str(refusal.value)
+  assert files_below(tmp_path) == before
+
+
+def test_devices_make_no_difference(workdir: pathlib.Path) -> None:
+  (row,) = evaluated(workdir, count=70)
+  (workdir / "figures" / "step_0000008.json").unlink()
+  with devices(2, 4):
+    assert len(jax.devices()) == 8
+    (again,) = evaluated(workdir, count=70)
+  assert again["figures"] == pytest.approx(row["figures"], rel=1e-5)
