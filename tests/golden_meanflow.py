@@ -13,6 +13,7 @@ from meanflow_jax.methods.meanflow import AdaptiveWeight, Draws, MeanFlow, veloc
 from meanflow_jax.methods.row_groups import RowGroups
 from meanflow_jax.methods.sampler import sample
 from meanflow_jax.methods.time_sampling import TimePairs, Uniform
+from meanflow_jax.models import dit_layouts
 from meanflow_jax.models.dit import DiT
 
 Golden = dict[str, np.ndarray]
@@ -26,51 +27,15 @@ def recognises(golden: Golden, meta: dict[str, Any]) -> bool:
   return {"x", "e", "v_g", "u", "du_dt", "loss"} <= golden.keys() and "omega" not in golden
 
 
-# Our parameters' names, and the reference's.
-DIT_NAMES = {
-  "patch_embedder": "x_embedder/proj",
-  "t_embedder/hidden": "t_embedder/mlp/layers_0/_flax_linear",
-  "t_embedder/out": "t_embedder/mlp/layers_2/_flax_linear",
-  "h_embedder/hidden": "h_embedder/mlp/layers_0/_flax_linear",
-  "h_embedder/out": "h_embedder/mlp/layers_2/_flax_linear",
-  "label_embedder": "y_embedder/embedding_table/_flax_embedding",
-  "final_modulation": "final_layer/adaLN_modulation/layers_1/_flax_linear",
-  "final": "final_layer/linear/_flax_linear",
-}
-BLOCK_NAMES = {
-  "modulation": "adaLN_modulation/layers_1/_flax_linear",
-  "attention/qkv": "attn/qkv/_flax_linear",
-  "attention/out": "attn/proj/_flax_linear",
-  "mlp_in": "mlp/fc1/_flax_linear",
-  "mlp_out": "mlp/fc2/_flax_linear",
-}
+def dit_params(golden: Golden, meta: dict[str, Any], root: str) -> dict[str, Any]:
+  """The reference's tree under `root` ("params", "grads") in our names and layout."""
+  leaves = {k.removeprefix(f"{root}/"): v for k, v in golden.items() if k.startswith(f"{root}/")}
+  return dit_layouts.from_meanflow(dit(meta), image_shape(meta), leaves)
 
 
-def dit_params(golden: Golden, root: str, depth: int) -> dict[str, Any]:
-  """The reference's tree under `root` ("params/net", "grads/net") in our names and layout."""
-  leaves = {}
-  for ours, theirs in DIT_NAMES.items():
-    for leaf in ("kernel", "bias", "embedding"):
-      if f"{root}/{theirs}/{leaf}" in golden:
-        leaves[f"{ours}/{leaf}"] = golden[f"{root}/{theirs}/{leaf}"]
-  for ours, theirs in BLOCK_NAMES.items():
-    for leaf in ("kernel", "bias"):
-      layers = [golden[f"{root}/blocks/layers_{i}/{theirs}/{leaf}"] for i in range(depth)]
-      leaves[f"blocks/{ours}/{leaf}"] = np.stack(layers)
-  kernel = leaves["patch_embedder/kernel"]  # a convolution's
-  leaves["patch_embedder/kernel"] = kernel.reshape(-1, kernel.shape[-1])
-  return nest(leaves)
-
-
-def nest(leaves: dict[str, np.ndarray]) -> dict[str, Any]:
-  tree: dict[str, Any] = {}
-  for path, value in leaves.items():
-    *parents, leaf = path.split("/")
-    node = tree
-    for parent in parents:
-      node = node.setdefault(parent, {})
-    node[leaf] = value
-  return tree
+def image_shape(meta: dict[str, Any]) -> tuple[int, int, int]:
+  data = meta["data"]
+  return data["size"], data["size"], data["channels"]
 
 
 def dit(meta: dict[str, Any]) -> DiT:
@@ -109,8 +74,8 @@ def meanflow(meta: dict[str, Any]) -> MeanFlow:
 def check(golden: Golden, meta: dict[str, Any]) -> Iterator[Comparison]:
   """The rows with r = t are the first of the reference's batch, and of our groups."""
   network, method = dit(meta), meanflow(meta)
-  params = dit_params(golden, "params/net", meta["net"]["depth"])
-  reference_grads = dit_params(golden, "grads/net", meta["net"]["depth"])
+  params = dit_params(golden, meta, "params")
+  reference_grads = dit_params(golden, meta, "grads")
   rows = RowGroups.from_fraction(meta["n_fm"] / meta["batch"])
   regroup = lambda a: rows.merge(a[: meta["n_fm"]], a[meta["n_fm"] :])
   ungroup = lambda a: jnp.concatenate(rows.split(a))
