@@ -236,7 +236,9 @@ def decoder(config: ConfigDict, mesh: Mesh) -> Decoder | None:
       f"{config.data.channels}; a model of pixels has autoencoder.path empty"
     )
   params = autoencoder.params_from_torch(network, tensors)
-  return Decoder(jax.device_put(params, replicated(mesh)), network)
+  origin = pretrained.origin(path / pretrained.AUTOENCODER.weights)
+  name = f"{origin.short}, {config.autoencoder.dtype}"
+  return Decoder(jax.device_put(params, replicated(mesh)), network, name)
 
 
 def extractors(config: ConfigDict, mesh: Mesh) -> tuple[Extractor, ...]:

@@ -149,6 +149,9 @@ def rows_of(
     "guidance": config.method.guidance.to_dict(),
     **evaluator.comparison.record(),
   }
+  decoder = next(iter(evaluator.generators.values())).decoder
+  if decoder:
+    common["autoencoder"] = decoder.name
   return [
     {"step": step, **vars(setting), "figures": found, **common}
     for setting, found in figures.items()
@@ -217,7 +220,8 @@ def show(rows: list[Row]) -> None:
   """Prints a table, and below it what all rows have in common."""
   settings = [key for key in ("step", "nfe", "ema", "omega", "images", "count") if key in rows[0]]
   print(table([{key: row[key] for key in settings} | row["figures"] for row in rows]))
-  print("; ".join(f"{k} {rows[0][k]}" for k in ("labels", "seed", "rounding") if k in rows[0]))
+  common = ("labels", "seed", "rounding", "autoencoder")
+  print("; ".join(f"{key} {rows[0][key]}" for key in common if key in rows[0]))
   for name, convention in rows[0]["conventions"].items():
     reference = rows[0].get("references", {}).get(name)
     against = f", against {reference['count']} images" if reference else ""

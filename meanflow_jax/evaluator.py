@@ -8,12 +8,11 @@ from typing import Any
 
 from jaxtyping import PyTree
 
-from meanflow_jax import stream
 from meanflow_jax.features import Extractor, figure_name
 from meanflow_jax.generate import Generator
 from meanflow_jax.metrics.summary import FEATURES, FIGURES, KEEPING, Summary, compare
 from meanflow_jax.runtime.reference_statistics import Statistics
-from meanflow_jax.stream import Resumable, Summaries
+from meanflow_jax.stream import GeneratedImages, Resumable, Summaries
 from meanflow_jax.train_step import item_name
 
 Figures = dict[str, float]
@@ -159,18 +158,21 @@ class Evaluator:
     """
     return {
       setting: self.comparison(
-        stream.of_generated(
-          generator,
+        images.summaries(
           items[item_name(setting.ema)],
-          self.comparison.extractors,
           self.count,
           keep=self.comparison.keep,
           resumable=resumable(setting),
           title=", ".join(f"{key} {value:g}" for key, value in vars(setting).items()),
         )
       )
-      for setting, generator in self.generators.items()
+      for setting, images in self._images.items()
     }
+
+  @functools.cached_property
+  def _images(self) -> dict[Setting, GeneratedImages]:
+    extractors = self.comparison.extractors
+    return {k: GeneratedImages(generator, extractors) for k, generator in self.generators.items()}
 
   @property
   def names(self) -> list[str]:

@@ -88,7 +88,7 @@ def fid_inception(*, weights: str, inputs: str, logits_bias: bool) -> Extractor:
     return {FEATURES: found.pool3, SPATIAL: spatial, LOGITS: logits}
 
   bias = "with" if logits_bias else "without"
-  convention = f"InceptionV3 {_short(origin)}, {inputs} input, logits {bias} bias"
+  convention = f"InceptionV3 ({origin.short}), {inputs} input, logits {bias} bias"
   return Extractor(inception.params_from_torch(tensors), apply, "inception", convention)
 
 
@@ -111,16 +111,11 @@ def fd_dinov2(*, weights: str, dtype: str) -> Extractor:
     token, _ = network.apply({"params": params}, dinov2.preprocess(_rgb(levels)))
     return {FEATURES: token}
 
-  convention = f"DINOv2 {_short(origin)}, bicubic to {dinov2.SIDE}, class token, {dtype}"
+  convention = f"DINOv2 ({origin.short}), bicubic to {dinov2.SIDE}, class token, {dtype}"
   return Extractor(dinov2.params_from_torch(network, tensors), apply, "dinov2", convention)
 
 
-def _short(origin: pretrained.Origin) -> str:
-  """Which weights these are, by the start of their hash."""
-  return origin.sha256[:8] + ("" if origin.known else " (not published)")
-
-
-def _rgb(levels: Levels) -> Levels:
+def _rgb(levels: Levels) -> Float[Array, "B H W 3"]:
   """Grey images as what they look like to a network of colours."""
   return jnp.broadcast_to(levels, (*levels.shape[:-1], 3)) if levels.shape[-1] == 1 else levels
 

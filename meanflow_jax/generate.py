@@ -48,10 +48,12 @@ class Decoder(flax.struct.PyTreeNode):
   Attributes:
     params: its weights.
     network: the autoencoder.
+    name: which weights these are; part of the record of figures.
   """
 
   params: PyTree
   network: Autoencoder = flax.struct.field(pytree_node=False)
+  name: str = flax.struct.field(pytree_node=False)
 
   def output_shape(self, latent_shape: tuple[int, ...]) -> tuple[int, ...]:
     """[H, W, C] of the images of latents [h, w, c]."""

@@ -13,7 +13,7 @@ import operator
 import os
 import pathlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from meanflow_jax.arrays import Image
 from meanflow_jax.data.loader import ordered_batches
 from meanflow_jax.data.sources import Source
 from meanflow_jax.features import Extractor, Outputs
-from meanflow_jax.generate import Generator, one_ahead
+from meanflow_jax.generate import Decoder, Generator, one_ahead
 from meanflow_jax.metrics.summary import Summary
 from meanflow_jax.runtime.mesh import global_batch, local_rows, rows_sharding
 
@@ -78,39 +78,51 @@ class Resumable:
         self.path.parent.rmdir()
 
 
-def of_generated(
-  generator: Generator,
-  params: PyTree,
-  extractors: Sequence[Extractor],
-  count: int,
-  *,
-  keep: bool,
-  resumable: Resumable,
-  title: str,
-) -> Summaries:
-  """The summaries of images 0, ..., count - 1 of a generator, by extractor.
+@dataclasses.dataclass(frozen=True)
+class GeneratedImages:
+  """What a generator makes, as summaries; compiled once for all parameters.
 
-  Args:
+  Attributes:
     generator: of the images.
-    params: of its network.
     extractors: of the features; all see the same images.
-    count: of images.
-    keep: whether the features of single images are needed.
-    resumable: where the sums so far are kept.
-    title: of the progress bar.
-
-  Raises:
-    ValueError: if an image or a feature is not finite.
   """
 
-  def step(params: PyTree, decoder: PyTree, extractors: Sequence[Extractor], first: Array) -> Step:
-    return extract(extractors, generator.levels(params, decoder, first)[0])
+  generator: Generator
+  extractors: tuple[Extractor, ...]
 
-  compiled = jax.jit(step, out_shardings=rows_sharding(generator.mesh))
-  dispatch = lambda first: compiled(params, generator.decoder, extractors, generator.place(first))
-  start, summaries = resumable.load()
-  steps = one_ahead(dispatch, range(start, count, generator.batch_size))
-  return _add_up(steps, summaries, count, generator.batch_size, keep, resumable, title)
+  def summaries(
+    self, params: PyTree, count: int, *, keep: bool, resumable: Resumable, title: str
+  ) -> Summaries:
+    """Of images 0, ..., count - 1, by extractor.
+
+    Args:
+      params: of the generator's network.
+      count: of images.
+      keep: whether the features of single images are needed.
+      resumable: where the sums so far are kept.
+      title: of the progress bar.
+
+    Raises:
+      ValueError: if an image or a feature is not finite.
+    """
+    start, summaries = resumable.load()
+    dispatch = functools.partial(self._dispatch, params)
+    size = self.generator.batch_size
+    steps = one_ahead(dispatch, range(start, count, size))
+    return _add_up(steps, summaries, count, size, keep, resumable, title)
+
+  def _dispatch(self, params: PyTree, first: int) -> Step:
+    made = self.generator
+    return self._compiled(params, made.decoder, self.extractors, made.place(first))
+
+  @functools.cached_property
+  def _compiled(self) -> Callable[[PyTree, Decoder | None, Sequence[Extractor], Array], Step]:
+    def step(
+      params: PyTree, decoder: Decoder | None, extractors: Sequence[Extractor], first: Array
+    ) -> Step:
+      return extract(extractors, self.generator.levels(params, decoder, first)[0])
+
+    return jax.jit(step, out_shardings=rows_sharding(self.generator.mesh))
 
 
 def of_source(
@@ -126,7 +138,7 @@ def of_source(
 ) -> tuple[Summaries, int]:
   """The summaries of all images of a source, by extractor, and the sum of their digests.
 
-  Arguments and errors are as those of `of_generated` and `data.loader.ordered_batches`.
+  Arguments and errors are as those of `GeneratedImages` and `data.loader.ordered_batches`.
   """
   compiled = jax.jit(
     lambda extractors, image: extract(extractors, levels_of(image)),

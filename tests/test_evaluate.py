@@ -8,13 +8,17 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from PIL import Image
 
 from meanflow_jax import build, evaluate, prepare, sample, stream, train
 from meanflow_jax.build import UserError
 from meanflow_jax.runtime.reference_statistics import read
+from tests.fill import filled
 from tests.runs import devices, files_below, tiny
 
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+DECODED = (16, 16, 3)  # of latents of 8 x 8, by the tiny autoencoder
 Rows = list[dict[str, Any]]
 ALL = ("frechet", "kid", "precision_recall")
 
@@ -210,3 +214,46 @@ def test_devices_make_no_difference(workdir: pathlib.Path) -> None:
     assert len(jax.devices()) == 8
     (again,) = evaluated(workdir, count=70)
   assert again["figures"] == pytest.approx(row["figures"], rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def autoencoder_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+  """A tiny autoencoder, as a published one lies on disk."""
+  folder = tmp_path_factory.mktemp("autoencoder")
+  with np.load(GOLDEN / "autoencoder_tiny.npz") as golden:
+    meta, tensors = (json.loads(str(golden[name])) for name in ("meta", "tensors"))
+  (folder / "config.json").write_text(json.dumps(meta["config"]))
+  weights = folder / "diffusion_pytorch_model.safetensors"
+  safetensors.numpy.save_file(filled(tensors), weights)
+  return folder
+
+
+def test_a_model_of_latents_is_shown_measured_and_scored_as_images(
+  autoencoder_folder: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+  real = np.random.default_rng(0).integers(256, size=(40, *DECODED), dtype=np.uint8)
+  np.savez(tmp_path / "real.npz", arr_0=real)
+  prepare.make_statistics(tiny(), tmp_path / "statistics.npz", str(tmp_path / "real.npz"))
+  latents = {
+    "data.source": "synthetic",
+    "data.channels": 4,
+    "autoencoder.path": str(autoencoder_folder),
+    "evaluate.statistics.pixels": str(tmp_path / "statistics.npz"),
+  }
+  train.run(tiny(latents), tmp_path / "run")
+  with Image.open(tmp_path / "run" / "samples" / "step_0000008.png") as grid:
+    assert grid.mode == "RGB"
+    assert grid.size[0] % (2 * DECODED[1] + 2) == 0  # small images are enlarged
+  sample.run(tiny(latents | {"sample.count": 32}), tmp_path / "run", tmp_path / "made.npz")
+  with np.load(tmp_path / "made.npz") as made:
+    assert made["arr_0"].shape == (32, *DECODED)
+  (row,) = json.loads((tmp_path / "run" / "figures" / "step_0000008.json").read_text())
+  assert row["autoencoder"].startswith("unpublished")
+  evaluate.run_elsewhere(tiny(latents), tmp_path / "run", str(tmp_path / "made.npz"))
+  (scored,) = json.loads((tmp_path / "run" / "figures" / "made.json").read_text())
+  assert scored["figures"] == pytest.approx(row["figures"], rel=1e-6)
+  with pytest.raises(UserError, match=r"decodes 4 channels, but data.channels is 1"):
+    train.run(tiny({"autoencoder.path": str(autoencoder_folder)}), tmp_path / "other")
+  with pytest.raises(UserError, match=r"evaluate\.statistics\.pixels"):
+    train.run(tiny(latents | {"evaluate.statistics.pixels": ""}), tmp_path / "other")
+  assert not (tmp_path / "other").exists()

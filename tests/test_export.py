@@ -85,7 +85,7 @@ def autoencoder() -> Decoder:
   shapes = jax.eval_shape(network.init, jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))
   rng = np.random.default_rng(1)
   params = jax.tree.map(lambda x: 0.2 * rng.normal(size=x.shape).astype(x.dtype), shapes["params"])
-  return Decoder(params=params, network=network)
+  return Decoder(params=params, network=network, name="tiny")
 
 
 def params_of(made: Generator) -> Params:

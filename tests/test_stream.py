@@ -61,10 +61,9 @@ def generator(shape: tuple[int, int], batch_size: int) -> Generator:
 def summaries(
   shape: tuple[int, int], batch_size: int, resumable: Resumable = NOWHERE, **changes: Any
 ) -> dict[str, Summary]:
-  made = generator(shape, batch_size)
-  settings: dict[str, Any] = {"params": PARAMS, "extractors": EXTRACTORS, "count": COUNT}
-  settings |= {"keep": True, "title": ""} | changes
-  return stream.of_generated(made, resumable=resumable, **settings)
+  images = stream.GeneratedImages(generator(shape, batch_size), EXTRACTORS)
+  settings = {"params": PARAMS, "count": COUNT, "keep": True, "title": ""} | changes
+  return images.summaries(resumable=resumable, **settings)
 
 
 def numbers(found: dict[str, Summary]) -> dict[str, np.ndarray]:
@@ -133,6 +132,14 @@ def test_an_interrupted_evaluation_goes_on(
   assert started == [16, 0, COUNT]  # the last has nothing left to do
   resumable.discard()
   assert not list(tmp_path.iterdir())
+
+
+def test_parameters_of_any_step_take_one_compilation() -> None:
+  images = stream.GeneratedImages(generator((8, 1), 8), EXTRACTORS)
+  for scale in (1.0, 0.5):
+    params = jax.tree.map(lambda x, scale=scale: scale * x, PARAMS)
+    images.summaries(params, COUNT, keep=False, resumable=NOWHERE, title="")
+  assert images._compiled._cache_size() == 1
 
 
 def test_sums_are_kept_every_now_and_then(
