@@ -5,7 +5,7 @@ import hashlib
 import itertools
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -33,12 +33,15 @@ from meanflow_jax.train_step import item_name
 
 Row = dict[str, Any]
 Shape = tuple[int, ...]
+SourceFn = Callable[[], Source]
 
 
 def make_evaluator(
-  config: ConfigDict, network: nn.Module, method: MeanFlow, mesh: Mesh, source: Source
+  config: ConfigDict, network: nn.Module, method: MeanFlow, mesh: Mesh, source: SourceFn
 ) -> Evaluator | None:
   """The evaluator of `config.evaluate`; None where `evaluate.count` is 0.
+
+  The source is opened only where statistics of its images are not stored.
 
   Raises:
     ValueError: an impossible setting; weights or statistics that do not fit.
@@ -70,7 +73,7 @@ def make_evaluator(
   return evaluator
 
 
-def make_comparison(config: ConfigDict, mesh: Mesh, shape: Shape, source: Source) -> Comparison:
+def make_comparison(config: ConfigDict, mesh: Mesh, shape: Shape, source: SourceFn) -> Comparison:
   """The figures of `config.evaluate`, for images [H, W, C] against stored statistics or a source.
 
   Raises:
@@ -97,14 +100,16 @@ def make_comparison(config: ConfigDict, mesh: Mesh, shape: Shape, source: Source
     if (path := paths[extractor.name])
   }
   missing = tuple(extractor for extractor in extractors if extractor.name not in stored)
-  if missing:
-    _check_source(missing, source, shape)
-  make = functools.partial(measure_source, config, mesh, missing, source, comparison.keep)
-  return Comparison(extractors, figures, Reference(stored, make if missing else None))
+  if not missing:
+    return Comparison(extractors, figures, Reference(stored, None))
+  real = source()
+  _check_source(missing, real, shape)
+  make = functools.partial(measure_source, config, mesh, missing, real, comparison.keep)
+  return Comparison(extractors, figures, Reference(stored, make))
 
 
-def _check_source(missing: tuple[Extractor, ...], source: Source, shape: Shape) -> None:
-  found = source[0]["image"].shape
+def _check_source(missing: tuple[Extractor, ...], real: Source, shape: Shape) -> None:
+  found = real[0]["image"].shape
   if found != shape:
     names = ", ".join(f"evaluate.statistics.{extractor.name}" for extractor in missing)
     raise ValueError(
@@ -234,7 +239,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     mesh = build.mesh(config)
     method = build.method(config)
     network = build.network(config, mesh)
-    evaluator = make_evaluator(config, network, method, mesh, build.source(config))
+    evaluator = make_evaluator(config, network, method, mesh, lambda: build.source(config))
     if evaluator is None:
       raise ValueError("evaluate.count is 0: there is nothing to evaluate")
     step, items = build.trained_params(config, workdir, network, mesh, evaluator.items)
@@ -274,7 +279,7 @@ def run_elsewhere(config: ConfigDict, workdir: pathlib.Path, images: str) -> Non
     mesh = build.mesh(config)
     source = made_elsewhere(str(pathlib.Path(images).expanduser()))
     shape = source[0]["image"].shape
-    comparison = make_comparison(config, mesh, shape, build.source(config))
+    comparison = make_comparison(config, mesh, shape, lambda: build.source(config))
     made = stream.of_source(
       source,
       comparison.extractors,

@@ -52,7 +52,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     generator = build.sample_generator(config, network, method, mesh)
     shown = build.ema_item(config, config.sample.ema)
     source = build.source(config)
-    evaluator = evaluate.make_evaluator(config, network, method, mesh, source)
+    evaluator = evaluate.make_evaluator(config, network, method, mesh, lambda: source)
     claim(workdir)
 
     checkpoints = build.checkpoints(config, workdir, read_only=False)

@@ -96,7 +96,7 @@ def test_a_preset_builds(preset):
     config.evaluate.extractors = ("pixels",)
     config.evaluate.figures = ("frechet",)
   build.sample_generator(config, network, method, mesh)
-  assert make_evaluator(config, network, method, mesh, build.source(config))
+  assert make_evaluator(config, network, method, mesh, lambda: build.source(config))
 
 
 @pytest.mark.parametrize("preset", PRESETS)

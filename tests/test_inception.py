@@ -4,12 +4,21 @@ import itertools
 import json
 import pathlib
 
+import flax.linen as nn
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from meanflow_jax.models.inception import CONVENTIONS, Inception, average_pool, params_from_torch
+from meanflow_jax.models.inception import (
+  CONVENTIONS,
+  Inception,
+  average_pool,
+  convolution,
+  max_pool,
+  params_from_torch,
+)
 from tests.fill import filled
 
 RNG = np.random.default_rng(0)
@@ -85,6 +94,44 @@ def test_the_conventions_differ_where_they_say():
 
 
 # Layers.
+
+LAYOUT = ("NHWC", "HWIO", "NHWC")
+all_paddings = pytest.mark.parametrize("padding", ["SAME", "VALID", ((2, 0), (1, 3))])
+
+
+@all_paddings
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel", [(3, 3), (1, 7), (5, 2)])
+@pytest.mark.parametrize("sides", [(9, 8), (8, 9)])
+def test_a_convolution_is_that_of_jax(padding, stride, kernel, sides):
+  x = RNG.normal(size=(2, *sides, 3)).astype(np.float32)
+  weights = RNG.normal(size=(*kernel, 3, 4)).astype(np.float32)
+  settings = {"dimension_numbers": LAYOUT}
+  expected = jax.lax.conv_general_dilated(x, weights, (stride, stride), padding, **settings)
+  ours = convolution(jnp.asarray(x), jnp.asarray(weights), (stride, stride), padding, **settings)
+  np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("platform", "height"), [("cpu", 10), ("cuda", 9), ("tpu", 9)])
+def test_a_convolution_has_a_surplus_row_on_a_cpu_alone(platform, height):
+  convolve = jax.jit(
+    lambda x, weights: convolution(x, weights, (1, 1), "SAME", dimension_numbers=LAYOUT)
+  )
+  shapes = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((2, 9, 8, 3), (3, 3, 3, 4)))
+  program = jax.export.export(convolve, platforms=[platform])(*shapes).mlir_module()
+  (computed,) = (line for line in program.splitlines() if "stablehlo.convolution" in line)
+  assert computed.endswith(f"tensor<2x{height}x8x4xf32>")
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+@pytest.mark.parametrize("sides", [(7, 9), (9, 8)])
+def test_a_maximum_is_of_three_by_three_pixels(stride, padding, sides):
+  if padding == "SAME" and stride == 2:
+    pytest.skip("the network has no such pool")
+  x = RNG.normal(size=(2, *sides, 3)).astype(np.float32) - 5  # zeros beyond the border would win
+  expected = nn.max_pool(x, (3, 3), (stride, stride), padding)
+  np.testing.assert_array_equal(max_pool(jnp.asarray(x), stride, padding), expected)
 
 
 def test_an_average_leaves_out_what_is_beyond_the_border():
