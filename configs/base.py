@@ -49,7 +49,7 @@ def get_config() -> ConfigDict:
   model.positions = "sincos"  # sincos | learned
   model.dtype = "float32"  # of computation: float32 | bfloat16; parameters are always float32
   model.scan = True  # compile one block and loop over it
-  # What the backward pass recomputes: none | matmuls: all but the results of matrix products |
+  # What the backward pass recomputes: none | matmuls: all but products with weights |
   # blocks: all but the input of each block
   model.remat = "matmuls"
 

@@ -67,7 +67,9 @@ def measured_figures(config: ConfigDict, train_step: TrainStep, mesh: Mesh) -> d
   zeros = lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding)
   state, batch = train_step.new_state(mesh), jax.tree.map(zeros, batch_of(config, mesh))
   start = time.perf_counter()
-  advance = lower(config, train_step, mesh).compile()
+  lowered = lower(config, train_step, mesh)
+  traced = time.perf_counter()
+  advance = lowered.compile()
   compiled = time.perf_counter()
   state, _ = jax.block_until_ready(advance(state, batch))
   warm = time.perf_counter()
@@ -76,7 +78,8 @@ def measured_figures(config: ConfigDict, train_step: TrainStep, mesh: Mesh) -> d
   rate = STEPS.value / (time.perf_counter() - warm)
   images = rate * config.train.batch_size
   return {
-    "compile": f"{compiled - start:.1f} s",
+    "trace": f"{traced - start:.2f} s",
+    "compile": f"{compiled - traced:.2f} s",
     "steps/s": f"{rate:.3f}",
     "images/s": f"{images:.1f}",
     "model FLOP/s": f"{images * model_flops(train_step) / 1e9:.1f} G",

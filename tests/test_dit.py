@@ -125,7 +125,8 @@ def test_remat_keeps_less_for_the_backward_pass():
     residuals = jax.eval_shape(lambda params: jax.vjp(apply, params)[1], shapes)
     return sum(x.size for x in jax.tree.leaves(residuals))
 
-  assert kept("blocks") < 0.7 * kept("matmuls") < 0.7 * kept("none")
+  assert kept("blocks") < 0.8 * kept("matmuls")
+  assert kept("matmuls") < 0.7 * kept("none")
 
 
 def test_bfloat16_is_close_to_float32_and_not_equal():

@@ -45,8 +45,8 @@ class Attention(nn.Module):
     """Mixes tokens."""
     batch, tokens, width = x.shape
     qkv = _dense(3 * width, self.dtype, "qkv")(x)
-    heads = (batch, tokens, 3, self.num_heads, width // self.num_heads)  # batches may be empty
-    q, k, v = jnp.moveaxis(qkv.reshape(heads), 2, 0)
+    heads = (batch, tokens, self.num_heads, width // self.num_heads)  # batches may be empty
+    q, k, v = (part.reshape(heads) for part in jnp.split(qkv, 3, axis=-1))
     return _dense(width, self.dtype, "out")(attention(q, k, v).reshape(x.shape))
 
 
@@ -88,8 +88,8 @@ class DiT(nn.Module):
     positions: "sincos" or "learned".
     dtype: the dtype of computation; embeddings of time, norms' statistics, softmax are float32.
     scan: compile one block and loop over it, instead of unrolling all.
-    remat: what is kept for the backward pass: "none" recomputes nothing, "matmuls" all but the
-      results of matrix products, "blocks" all but the input of each block.
+    remat: what the backward pass recomputes: "none", "matmuls": all but products with weights (so
+      that no attention scores are kept), "blocks": all but the input of each block.
     constrain: fixes the sharding of activations.
   """
 
@@ -194,7 +194,7 @@ class DiT(nn.Module):
       return nn.remat(Block, prevent_cse=not self.scan)
     if self.remat == "matmuls":
       # Unrolled, XLA may undo this: it finds what to keep by itself. It cannot see through a scan.
-      policy = jax.checkpoint_policies.dots_saveable
+      policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
       return nn.remat(Block, prevent_cse=False, policy=policy)
     return Block
 
