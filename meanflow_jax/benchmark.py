@@ -66,8 +66,9 @@ def measured_figures(config: ConfigDict, train_step: TrainStep, mesh: Mesh) -> d
   """Times steps on a fixed batch of zeros, which cost what any other does."""
   zeros = lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding)
   state, batch = train_step.new_state(mesh), jax.tree.map(zeros, batch_of(config, mesh))
+  step = train_step.jitted(mesh)
   start = time.perf_counter()
-  lowered = lower(config, train_step, mesh)
+  lowered = step.lower(state, batch)
   traced = time.perf_counter()
   advance = lowered.compile()
   compiled = time.perf_counter()
@@ -89,7 +90,8 @@ def measured_figures(config: ConfigDict, train_step: TrainStep, mesh: Mesh) -> d
 def compiled_figures(config: ConfigDict, train_step: TrainStep, mesh: Mesh) -> dict[str, str]:
   """The compiler's figures of one chip."""
   start = time.perf_counter()
-  compiled = lower(config, train_step, mesh).compile()
+  arguments = train_step.abstract_state(mesh), batch_of(config, mesh)
+  compiled = train_step.jitted(mesh).lower(*arguments).compile()
   seconds = time.perf_counter() - start
   cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
   images = config.train.batch_size / mesh.size
@@ -105,11 +107,6 @@ def compiled_figures(config: ConfigDict, train_step: TrainStep, mesh: Mesh) -> d
     "peak memory": f"{peak / 1e9:.2f} GB",
     "estimated time": f"{estimate / images * 1e3:.3f} ms/image" if estimate > 0 else "none given",
   }
-
-
-def lower(config: ConfigDict, train_step: TrainStep, mesh: Mesh) -> jax.stages.Lowered:
-  """The real step, traced for a mesh."""
-  return train_step.jitted(mesh).lower(train_step.abstract_state(mesh), batch_of(config, mesh))
 
 
 def model_flops(train_step: TrainStep) -> float:
