@@ -34,6 +34,10 @@ def main(_: list[str]) -> None:
   logging.getLogger("asyncio").setLevel(logging.CRITICAL)
   workdir = pathlib.Path(WORKDIR.value).expanduser()
   try:
+    if IMAGES.value and MODE.value != "evaluate":
+      raise UserError(f"--images is read with --mode=evaluate, not with --mode={MODE.value}")
+    if OUT.value and MODE.value != "sample":
+      raise UserError(f"--out is read with --mode=sample, not with --mode={MODE.value}")
     if MODE.value == "train":
       train.run(CONFIG.value, workdir)
     elif MODE.value == "evaluate" and IMAGES.value:

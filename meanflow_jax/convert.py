@@ -17,7 +17,8 @@ and what is not. The optimizer starts anew in all cases.
 (`sample.checkpoint`, `sample.ema`), into one file: a float32 tensor for each, named by its path
 ("blocks/attention/qkv/kernel", layers stacked along the first axis), and a header with `config`
 (JSON), `step` and `average`. --write=FOLDER puts the generator of `config.sample` into a folder
-that needs jax and no more to run, with the autoencoder's decoder where the model is one of latents.
+that needs jax (and flatbuffers, for jax.export) to run, with the autoencoder's decoder where the
+model is one of latents.
 
 --download=NAME --out=FOLDER fetches published weights (sd-vae-ft-mse, sd-vae-ft-ema, dinov2-large,
 inception) and checks their sha256. --inception=FILE.pth --out=FILE.safetensors converts the last of

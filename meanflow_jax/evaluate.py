@@ -4,12 +4,14 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import multihost_utils
@@ -23,7 +25,7 @@ from meanflow_jax.evaluator import Comparison, Evaluator, Figures, Reference, Se
 from meanflow_jax.features import Extractor
 from meanflow_jax.methods.meanflow import MeanFlow
 from meanflow_jax.methods.sampler import time_grid
-from meanflow_jax.metrics.summary import FIGURES, HIGHER_IS_BETTER
+from meanflow_jax.metrics.summary import FIGURES, HIGHER_IS_BETTER, KEEPING, SPATIAL
 from meanflow_jax.runtime import reference_statistics
 from meanflow_jax.runtime.plots import plot_lines
 from meanflow_jax.runtime.reference_statistics import Statistics
@@ -33,6 +35,7 @@ from meanflow_jax.train_step import item_name
 
 Row = dict[str, Any]
 Shape = tuple[int, ...]
+SETTINGS = ("nfe", "omega", "ema")
 SourceFn = Callable[[], Source]
 
 
@@ -67,10 +70,17 @@ def make_evaluator(
     build.ema_item(config, ema)
   shape = next(iter(generators.values())).output_shape
   comparison = make_comparison(config, mesh, shape, source)
-  evaluator = Evaluator(generators, comparison, settings.count)
-  if settings.best and settings.best not in evaluator.names:
-    raise ValueError(f"evaluate.best must be one of {evaluator.names}, got {settings.best!r}")
-  return evaluator
+  for figure, least in (("inception_score", 10), ("precision_recall", 4)):
+    if figure in settings.figures and settings.count < least:
+      raise ValueError(f"{figure} takes at least {least} images: evaluate.count {settings.count}")
+  return Evaluator(generators, comparison, settings.count)
+
+
+def check_best(config: ConfigDict, evaluator: Evaluator | None) -> None:
+  """Raises a ValueError if `config.evaluate.best` is no figure of the evaluator."""
+  best, names = config.evaluate.best, evaluator.names if evaluator else []
+  if best and best not in names:
+    raise ValueError(f"evaluate.best must be one of {names}, got {best!r}")
 
 
 def make_comparison(config: ConfigDict, mesh: Mesh, shape: Shape, source: SourceFn) -> Comparison:
@@ -93,9 +103,7 @@ def make_comparison(config: ConfigDict, mesh: Mesh, shape: Shape, source: Source
     return comparison
   paths = config.evaluate.statistics.to_dict()
   stored = {
-    extractor.name: reference_statistics.read(
-      pathlib.Path(path).expanduser(), convention=extractor.convention, resolution=shape
-    )
+    extractor.name: _stored(pathlib.Path(path).expanduser(), extractor, shape, figures)
     for extractor in extractors
     if (path := paths[extractor.name])
   }
@@ -106,6 +114,30 @@ def make_comparison(config: ConfigDict, mesh: Mesh, shape: Shape, source: Source
   _check_source(missing, real, shape)
   make = functools.partial(measure_source, config, mesh, missing, real, comparison.keep)
   return Comparison(extractors, figures, Reference(stored, make))
+
+
+def _stored(
+  path: pathlib.Path, extractor: Extractor, shape: Shape, figures: tuple[str, ...]
+) -> Statistics:
+  """Statistics from which all figures of an extractor can be computed."""
+  found = reference_statistics.read(path, convention=extractor.convention, resolution=shape)
+  images = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+  expected = {name: x.shape[1] for name, x in jax.eval_shape(extractor, images).items()}
+  for name, moments in found.summary.moments.items():
+    if name in expected and moments.mean.size != expected[name]:
+      raise ValueError(
+        f"{path} is of {moments.mean.size} {name}, {extractor.name} gives {expected[name]}"
+      )
+  lacking = [figure for figure in figures if figure in KEEPING and not found.summary.kept]
+  if "sfid" in figures and SPATIAL in expected and SPATIAL not in found.summary.moments:
+    lacking.append("sfid")
+  if lacking:
+    raise ValueError(
+      f"{path} does not hold what {' and '.join(lacking)} takes: leave evaluate.figures "
+      f"{' and '.join(lacking)} out, or make the file with python -m meanflow_jax.prepare "
+      "--statistics and the same evaluate.figures"
+    )
+  return found
 
 
 def _check_source(missing: tuple[Extractor, ...], real: Source, shape: Shape) -> None:
@@ -151,9 +183,13 @@ def rows_of(
   common = {
     "count": evaluator.count,
     **{key: config.sample[key] for key in ("labels", "seed", "rounding")},
+    "interval": [config.sample.guidance.t_min, config.sample.guidance.t_max],
+    "dtype": config.model.dtype,
     "guidance": config.method.guidance.to_dict(),
     **evaluator.comparison.record(),
   }
+  if config.sample.labels == "one":
+    common["label"] = config.sample.label
   decoder = next(iter(evaluator.generators.values())).decoder
   if decoder:
     common["autoencoder"] = decoder.name
@@ -186,7 +222,7 @@ def is_best(workdir: pathlib.Path, name: str, value: float) -> bool:
   """Whether a figure is better than that of the checkpoint in `best/`; all hosts agree on it."""
   path = workdir / "best.json"
   known = json.loads(path.read_text()) if path.exists() else {}
-  sign = 1 if name.split("_nfe")[0] in HIGHER_IS_BETTER else -1
+  sign = 1 if name.startswith(HIGHER_IS_BETTER) else -1
   better = known.get("figure") != name or sign * value > sign * known["value"]
   return bool(multihost_utils.broadcast_one_to_all(np.asarray(better)))
 
@@ -197,12 +233,14 @@ def note_best(workdir: pathlib.Path, step: int, name: str, value: float) -> None
   write_whole(workdir / "best.json", json.dumps(record) + "\n")
 
 
-def plot_history(workdir: pathlib.Path, last: int) -> None:
-  """Draws every figure against the step, up to the last."""
+def plot_history(workdir: pathlib.Path, rows: list[Row]) -> None:
+  """Draws every figure against the step, until that of some rows, of all that were made alike."""
+  alike = lambda row: {k: v for k, v in row.items() if k not in ("step", "figures", *SETTINGS)}
+  newest = json.loads(json.dumps(rows[-1]))
   lines: dict[str, dict[str, list[tuple[float, float]]]] = {}
   for path in sorted((workdir / "figures").glob("step_*.json")):
     for row in read_rows(path):
-      if row["step"] <= last:
+      if row["step"] <= newest["step"] and alike(row) == alike(newest):
         for name, value in row["figures"].items():
           label = f"{row['nfe']} NFE, EMA {row['ema']:g}, guidance {row['omega']:g}"
           lines.setdefault(name, {}).setdefault(label, []).append((float(row["step"]), value))
@@ -211,11 +249,10 @@ def plot_history(workdir: pathlib.Path, last: int) -> None:
 
 def plot_sweep(path: pathlib.Path, rows: list[Row]) -> None:
   """Draws every figure of a checkpoint against what varies most among the rows."""
-  axes = ("nfe", "omega", "ema")
-  axis = max(axes, key=lambda key: len({row[key] for row in rows}))
+  axis = max(SETTINGS, key=lambda key: len({row[key] for row in rows}))
   lines: dict[str, dict[str, list[tuple[float, float]]]] = {}
   for row in rows:
-    label = ", ".join(f"{key} {row[key]:g}" for key in axes if key != axis)
+    label = ", ".join(f"{key} {row[key]:g}" for key in SETTINGS if key != axis)
     for name, value in row["figures"].items():
       lines.setdefault(name, {}).setdefault(label, []).append((float(row[axis]), value))
   plot_lines(path, {"nfe": "NFE", "omega": "guidance scale", "ema": "EMA"}[axis], lines)
@@ -225,7 +262,7 @@ def show(rows: list[Row]) -> None:
   """Prints a table, and below it what all rows have in common."""
   settings = [key for key in ("step", "nfe", "ema", "omega", "images", "count") if key in rows[0]]
   print(table([{key: row[key] for key in settings} | row["figures"] for row in rows]))
-  common = ("labels", "seed", "rounding", "autoencoder")
+  common = ("labels", "label", "seed", "rounding", "dtype", "autoencoder", "guidance")
   print("; ".join(f"{key} {rows[0][key]}" for key in common if key in rows[0]))
   for name, convention in rows[0]["conventions"].items():
     reference = rows[0].get("references", {}).get(name)
@@ -248,7 +285,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
   if jax.process_index() == 0:
     path = figures_path(workdir, step)
     write_rows(path, rows)
-    plot_history(workdir, step)
+    plot_history(workdir, rows)
     show(rows)
     if len(rows) > 1:
       plot_sweep(path.with_suffix(".png"), rows)
@@ -269,7 +306,8 @@ def _resumable(
   norm = float(optax.tree.norm(items[item_name(setting.ema)]))
   (row,) = rows_of(config, step, evaluator, {setting: {}})
   processes = f"{jax.process_index()} of {jax.process_count()}"
-  name = hashlib.sha256(json.dumps([row, norm, processes], sort_keys=True).encode()).hexdigest()
+  facts = [row, norm, evaluator.comparison.keep, processes]
+  name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
   return Resumable(workdir / "figures" / "unfinished" / f"{name[:16]}.npz")
 
 
@@ -277,7 +315,7 @@ def run_elsewhere(config: ConfigDict, workdir: pathlib.Path, images: str) -> Non
   """Prints and stores the figures of images that were made elsewhere: a folder, or an .npz file."""
   with build.explaining_mistakes():
     mesh = build.mesh(config)
-    source = made_elsewhere(str(pathlib.Path(images).expanduser()))
+    source = made_elsewhere(os.path.expanduser(images))
     shape = source[0]["image"].shape
     comparison = make_comparison(config, mesh, shape, lambda: build.source(config))
     made = stream.of_source(
@@ -298,7 +336,7 @@ def run_elsewhere(config: ConfigDict, workdir: pathlib.Path, images: str) -> Non
       **comparison.record(),
     }
   if jax.process_index() == 0:
-    path = workdir / "figures" / f"{pathlib.Path(images).stem}.json"
+    path = workdir / "figures" / f"images_{pathlib.Path(images).stem}.json"
     write_rows(path, [row])
     show([row])
     print(f"stored in {path}")

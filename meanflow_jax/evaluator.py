@@ -87,8 +87,9 @@ class Comparison:
   def __call__(self, summaries: Summaries) -> Figures:
     """The figures of some images, by name."""
     found: Figures = {}
-    for name, summary in summaries.items():
-      _warn_of_few(name, summary)
+    for extractor in self.extractors:
+      if self.reference:
+        _warn_of_few(extractor.name, summaries[extractor.name])
     for extractor, figure in self._pairs():
       values = compare(figure, summaries[extractor], self._real(extractor))
       found |= {figure_name(name, extractor): value for name, value in values.items()}
@@ -171,8 +172,12 @@ class Evaluator:
 
   @functools.cached_property
   def _images(self) -> dict[Setting, GeneratedImages]:
-    extractors = self.comparison.extractors
-    return {k: GeneratedImages(generator, extractors) for k, generator in self.generators.items()}
+    """Settings that differ in the parameters alone share what is compiled."""
+    made = {
+      (setting.nfe, setting.omega): GeneratedImages(generator, self.comparison.extractors)
+      for setting, generator in self.generators.items()
+    }
+    return {setting: made[setting.nfe, setting.omega] for setting in self.generators}
 
   @property
   def names(self) -> list[str]:

@@ -78,7 +78,7 @@ def fid_inception(*, weights: str, inputs: str, logits_bias: bool) -> Extractor:
     raise ValueError(
       f"evaluate.inception.inputs must be one of {sorted(inception.CONVENTIONS)}, got {inputs!r}"
     )
-  tensors, origin = pretrained.load_inception(weights)
+  tensors, origin = pretrained.load_inception(pathlib.Path(weights).expanduser())
   network, prepare = inception.Inception(), inception.CONVENTIONS[inputs]
 
   def apply(params: PyTree, levels: Levels) -> Outputs:
@@ -103,8 +103,9 @@ def fd_dinov2(*, weights: str, dtype: str) -> Extractor:
     FileNotFoundError: no such folder; says where it is published.
     ValueError: other weights.
   """
-  config, tensors = pretrained.load(weights, pretrained.DINOV2)
-  origin = pretrained.origin(pathlib.Path(weights) / pretrained.DINOV2.weights)
+  folder = pathlib.Path(weights).expanduser()
+  config, tensors = pretrained.load(folder, pretrained.DINOV2)
+  origin = pretrained.origin(folder / pretrained.DINOV2.weights)
   network = dinov2.from_config(config, dtype=dtype)
 
   def apply(params: PyTree, levels: Levels) -> Outputs:

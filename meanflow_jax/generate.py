@@ -161,12 +161,9 @@ class Generator:
     images = sample(self.step, velocity, noise, y, self.grid)
     return (decoder(images) if decoder else images), y
 
-  def levels(
-    self, params: PyTree, decoder: Decoder | None, first: Int[Array, ""]
-  ) -> tuple[Image, Label]:
-    """The same, rounded to the values of 8-bit images, 0 to 255, in float32."""
-    images, y = self(params, decoder, first)
-    return ROUNDING[self.rounding](images), y
+  def levels(self, images: Image) -> Image:
+    """Images rounded to the values of 8-bit ones, 0 to 255, in float32."""
+    return ROUNDING[self.rounding](images)
 
   def _noise_and_label(self, index: Int[Array, ""]) -> tuple[Float[Array, "H W C"], Array]:
     key = stream(self.seed, Purpose.SAMPLE_NOISE, index)
@@ -189,8 +186,8 @@ class Generator:
   @functools.cached_property
   def _compiled(self) -> Callable[[PyTree, Decoder | None, Array], tuple[Array, Label]]:
     def made(params: PyTree, decoder: Decoder | None, first: Array) -> tuple[Array, Label]:
-      levels, labels = self.levels(params, decoder, first)
-      return levels.astype(jnp.uint8), labels
+      images, labels = self(params, decoder, first)
+      return self.levels(images).astype(jnp.uint8), labels
 
     return jax.jit(made, out_shardings=rows_sharding(self.mesh))
 

@@ -3,6 +3,7 @@
 Reference statistics of real images: all images of `config.data`, or those of --images.
 """
 
+import os
 import pathlib
 import sys
 
@@ -42,8 +43,10 @@ def make_statistics(config: ConfigDict, out: pathlib.Path, images: str | None) -
   with build.explaining_mistakes():
     if out.exists():
       raise FileExistsError(f"{out} exists; it is left as it is: choose another name")
+    if not out.parent.is_dir():
+      raise FileNotFoundError(f"--out: there is no folder {out.parent}")
     mesh = build.mesh(config)
-    source = made_elsewhere(images) if images else build.source(config)
+    source = made_elsewhere(os.path.expanduser(images)) if images else build.source(config)
     extractors = build.extractors(config, mesh)
     if len(extractors) != 1:
       raise ValueError(

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 from jax.experimental import multihost_utils
-from jaxtyping import Array, Bool, PyTree
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Bool, Num, PyTree
 
 from meanflow_jax.arrays import Image
 from meanflow_jax.data.loader import ordered_batches
@@ -28,7 +29,7 @@ from meanflow_jax.data.sources import Source
 from meanflow_jax.features import Extractor, Outputs
 from meanflow_jax.generate import Decoder, Generator, one_ahead
 from meanflow_jax.metrics.summary import Summary
-from meanflow_jax.runtime.mesh import global_batch, local_rows, rows_sharding
+from meanflow_jax.runtime.mesh import global_batch, local_rows, replicated, rows_sharding
 
 SAVE_EVERY = 60.0  # seconds
 
@@ -37,10 +38,19 @@ Step = tuple[Bool[Array, "B"], dict[str, Outputs]]
 Summaries = dict[str, Summary]
 
 
-def extract(extractors: Sequence[Extractor], levels: Image) -> Step:
+def extract(extractors: Sequence[Extractor], levels: Image) -> dict[str, Outputs]:
   """The features of images given by their levels, 0 to 255; to be jitted."""
-  finite = jnp.isfinite(levels).all(axis=(1, 2, 3))
-  return finite, {extractor.name: extractor(levels) for extractor in extractors}
+  return {extractor.name: extractor(levels) for extractor in extractors}
+
+
+def finite(images: Num[Array, "B H W C"]) -> Bool[Array, "B"]:
+  """Which images are finite: rounding would make white of infinite ones."""
+  return jnp.isfinite(images).all(axis=(1, 2, 3))
+
+
+def step_shardings(mesh: Mesh) -> tuple[NamedSharding, NamedSharding]:
+  """Where a `Step` lies: features with their images; which are finite, all hosts know."""
+  return replicated(mesh), rows_sharding(mesh)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,11 +64,13 @@ class Resumable:
   path: pathlib.Path | None
 
   def load(self) -> tuple[int, Summaries]:
-    """How many images are done, and their summaries."""
-    if self.path is None or not self.path.exists():
-      return 0, {}
-    with np.load(self.path, allow_pickle=False) as stored:
-      return int(stored["done"]), _from_arrays(stored)
+    """How many images are done, and their summaries; none where hosts differ in the number."""
+    done, summaries = 0, {}
+    if self.path is not None and self.path.exists():
+      with np.load(self.path, allow_pickle=False) as stored:
+        done, summaries = int(stored["done"]), _from_arrays(stored)
+    same = len(set(_gathered(str(done).encode()))) == 1
+    return (done, summaries) if same else (0, {})
 
   def save(self, done: int, summaries: Summaries) -> None:
     """Keeps the summaries of the first `done` images."""
@@ -109,7 +121,7 @@ class GeneratedImages:
     dispatch = functools.partial(self._dispatch, params)
     size = self.generator.batch_size
     steps = one_ahead(dispatch, range(start, count, size))
-    return _add_up(steps, summaries, count, size, keep, resumable, title)
+    return _add_up(steps, start, summaries, count, size, keep, resumable, title)
 
   def _dispatch(self, params: PyTree, first: int) -> Step:
     made = self.generator
@@ -120,15 +132,16 @@ class GeneratedImages:
     def step(
       params: PyTree, decoder: Decoder | None, extractors: Sequence[Extractor], first: Array
     ) -> Step:
-      return extract(extractors, self.generator.levels(params, decoder, first)[0])
+      images, _ = self.generator(params, decoder, first)
+      return finite(images), extract(extractors, self.generator.levels(images))
 
-    return jax.jit(step, out_shardings=rows_sharding(self.generator.mesh))
+    return jax.jit(step, out_shardings=step_shardings(self.generator.mesh))
 
 
 def of_source(
   source: Source,
   extractors: Sequence[Extractor],
-  mesh: jax.sharding.Mesh,
+  mesh: Mesh,
   *,
   batch_size: int,
   keep: bool,
@@ -140,9 +153,11 @@ def of_source(
 
   Arguments and errors are as those of `GeneratedImages` and `data.loader.ordered_batches`.
   """
+  if batch_size % mesh.size:
+    raise ValueError(f"sample.batch_size {batch_size} is not divisible by {mesh.size} devices")
   compiled = jax.jit(
-    lambda extractors, image: extract(extractors, levels_of(image)),
-    out_shardings=rows_sharding(mesh),
+    lambda extractors, image: (finite(image), extract(extractors, levels_of(image))),
+    out_shardings=step_shardings(mesh),
   )
   rows = local_rows(mesh, batch_size)
   batches = ordered_batches(
@@ -157,7 +172,7 @@ def of_source(
     return compiled(extractors, global_batch(mesh, {"image": images})["image"])
 
   steps = one_ahead(dispatch, range(0, len(source), batch_size))
-  summaries = _add_up(steps, {}, len(source), batch_size, keep, Resumable(None), title)
+  summaries = _add_up(steps, 0, {}, len(source), batch_size, keep, Resumable(None), title)
   return summaries, sum(int(part) for part in _gathered(str(sum(digests)).encode()))
 
 
@@ -175,6 +190,7 @@ def digest(image: np.ndarray) -> int:
 
 def _add_up(
   steps: Iterator[tuple[int, Step]],
+  start: int,
   summaries: Summaries,
   count: int,
   batch_size: int,
@@ -183,18 +199,20 @@ def _add_up(
   title: str,
 ) -> Summaries:
   """Adds the images of each step to the summaries; all hosts return those of all images."""
-  done = saved = 0
+  done = saved = start
   last_saved = time.monotonic()
-  progress = tqdm.tqdm(total=count, desc=title, unit="image", leave=False, disable=None)
+  settings = {"desc": title, "unit": "image", "leave": False, "disable": None}
+  progress = tqdm.tqdm(total=count, initial=start, **settings)
   try:
-    for first, (finite, outputs) in steps:
-      progress.update(min(first, count) - progress.n)
-      _require_finite(finite, first, count)
-      for name, arrays in outputs.items():
-        index, local = _local(arrays, first, count)
-        part = Summary.of(count, index, local, keep=keep)
-        summaries[name] = summaries[name] + part if name in summaries else part
-      done = min(first + batch_size, count)
+    for first, (are_finite, outputs) in steps:
+      progress.update(first - progress.n)
+      _require_finite(np.asarray(are_finite)[: count - first], first)
+      parts = {
+        name: Summary.of(count, *_local(arrays, first, count), keep=keep)
+        for name, arrays in outputs.items()
+      }
+      # In one statement, for an interruption must find both or neither.
+      summaries, done = _sums(summaries, parts), min(first + batch_size, count)
       if time.monotonic() - last_saved > SAVE_EVERY:
         resumable.save(done, summaries)
         last_saved, saved = time.monotonic(), done
@@ -205,12 +223,15 @@ def _add_up(
   return _over_hosts(summaries)
 
 
-def _require_finite(finite: Bool[Array, "B"], first: int, count: int) -> None:
-  _, (mine,) = _rows((finite,), first, count)
-  bad = int(np.count_nonzero(~mine))
+def _sums(summaries: Summaries, parts: Summaries) -> Summaries:
+  return {k: summaries[k] + part if k in summaries else part for k, part in parts.items()}
+
+
+def _require_finite(are_finite: Bool[np.ndarray, "b"], first: int) -> None:
+  bad = int(np.count_nonzero(~are_finite))
   if bad:
     raise ValueError(
-      f"{bad} of the {len(mine)} images from number {first} on are not finite: figures of "
+      f"{bad} of the {len(are_finite)} images from number {first} on are not finite: figures of "
       "the others would mislead"
     )
 
@@ -234,7 +255,7 @@ def _rows(
 
 def _over_hosts(summaries: Summaries) -> Summaries:
   """The sums of all hosts' summaries."""
-  if jax.process_count() == 1:
+  if jax.process_count() == 1:  # then they need not be copied
     return summaries
   buffer = io.BytesIO()
   np.savez(buffer, **_to_arrays(summaries))
@@ -244,6 +265,8 @@ def _over_hosts(summaries: Summaries) -> Summaries:
 
 def _gathered(data: bytes) -> list[bytes]:
   """The bytes of every host: numbers would lose their second half on the way over the devices."""
+  if jax.process_count() == 1:
+    return [data]
   sizes = np.atleast_1d(multihost_utils.process_allgather(np.int32(len(data))))
   padded = np.zeros(sizes.max(), np.uint8)
   padded[: len(data)] = np.frombuffer(data, np.uint8)

@@ -53,6 +53,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     shown = build.ema_item(config, config.sample.ema)
     source = build.source(config)
     evaluator = evaluate.make_evaluator(config, network, method, mesh, lambda: source)
+    evaluate.check_best(config, evaluator)
     claim(workdir)
 
     checkpoints = build.checkpoints(config, workdir, read_only=False)
@@ -135,7 +136,7 @@ class Outputs:
       if jax.process_index() == 0:
         rows = evaluate.rows_of(self.config, step, self.evaluator, found)
         evaluate.write_rows(evaluate.figures_path(self.workdir, step), rows)
-        evaluate.plot_history(self.workdir, step)
+        evaluate.plot_history(self.workdir, rows)
       self.report.writer.write_scalars(step, figures)
       if self.config.evaluate.best:
         self.keep_if_best(step, items, figures)
@@ -147,6 +148,9 @@ class Outputs:
       return
     params = {name: tree for name, tree in items.items() if name != "opt_state"}
     with build.best_checkpoint(self.workdir, read_only=False) as best:
+      best.drop_from(
+        step
+      )  # of a run that went on from an earlier step, or asked for another figure
       best.save(step, params, self.config.to_dict())
     if jax.process_index() == 0:
       evaluate.note_best(self.workdir, step, name, figures[name])

@@ -76,7 +76,7 @@ def test_images_written_and_scored_have_the_figures_of_the_evaluation(
   sample.run(tiny({"sample.count": 20}), workdir, tmp_path / "images.npz")
   changes = {"evaluate.figures": ALL}
   evaluate.run_elsewhere(tiny(changes), workdir, str(tmp_path / "images.npz"))
-  (scored,) = json.loads((workdir / "figures" / "images.json").read_text())
+  (scored,) = json.loads((workdir / "figures" / "images_images.json").read_text())
   assert scored["figures"] == pytest.approx(row["figures"], rel=1e-9)
   assert scored["count"] == 20
   assert scored["conventions"] == row["conventions"]
@@ -98,7 +98,7 @@ def test_a_folder_is_scored_as_an_npz_file(tmp_path: pathlib.Path) -> None:
   config = tiny({"evaluate.statistics.pixels": str(tmp_path / "real.npz")})
   for name in ("made", "made.npz"):
     evaluate.run_elsewhere(config, tmp_path / "run", str(tmp_path / name))
-  first, second = json.loads((tmp_path / "run" / "figures" / "made.json").read_text())
+  first, second = json.loads((tmp_path / "run" / "figures" / "images_made.json").read_text())
   assert first["figures"] == second["figures"]
   assert first["fingerprint"] == second["fingerprint"]
   assert first["references"]["pixels"]["count"] == 30
@@ -166,6 +166,64 @@ def test_the_best_checkpoint_is_kept_and_sampled(tmp_path: pathlib.Path) -> None
     assert saved.steps() == [step]
   sample.run(tiny({"sample.checkpoint": "best"}), tmp_path / "run", tmp_path / "best.npz")
   assert (tmp_path / "run" / "figures" / "history.png").stat().st_size > 5_000
+
+
+@pytest.mark.parametrize(
+  ("name", "worse", "better"),
+  [
+    ("fid_nfe1", 9.0, 3.0),
+    ("kid_pixels_nfe2", 0.2, -0.1),
+    ("precision_pixels_nfe1", 0.5, 0.9),
+    ("inception_score_nfe1", 20.0, 90.0),
+    ("recall_dinov2_nfe1_ema0.9", 0.1, 0.3),
+  ],
+)
+def test_the_better_figure_is_that_of_the_better_images(
+  tmp_path: pathlib.Path, name: str, worse: float, better: float
+) -> None:
+  assert evaluate.is_best(tmp_path, name, worse)
+  evaluate.note_best(tmp_path, 1, name, worse)
+  assert evaluate.is_best(tmp_path, name, better)
+  assert not evaluate.is_best(tmp_path, name, worse)
+  evaluate.note_best(tmp_path, 2, name, better)
+  assert not evaluate.is_best(tmp_path, name, worse)
+  assert evaluate.is_best(tmp_path, "another_nfe1", worse)
+
+
+def test_a_best_checkpoint_of_a_later_step_gives_way(tmp_path: pathlib.Path) -> None:
+  """As after resuming from before it, or with another figure."""
+  settings = {"train.evaluate_every": 4, "evaluate.best": "frechet_pixels_nfe1"}
+  train.run(tiny(settings), tmp_path / "run")
+  evaluate.note_best(tmp_path / "run", 9, "frechet_pixels_nfe1", 1e9)
+  train.run(tiny(settings), tmp_path / "run")  # measures the last step again
+  with build.best_checkpoint(tmp_path / "run", read_only=True) as saved:
+    assert saved.steps() == [8]
+
+
+def test_rows_of_other_images_do_not_take_each_others_place(workdir: pathlib.Path) -> None:
+  for label in (3, 7):
+    evaluate.run(tiny({"sample.labels": "one", "sample.label": label}), workdir)
+  rows = json.loads((workdir / "figures" / "step_0000008.json").read_text())
+  assert [row["label"] for row in rows] == [3, 7]
+
+
+def test_statistics_that_cannot_serve_are_refused_at_start(
+  workdir: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+  prepare.make_statistics(tiny(), tmp_path / "real.npz", None)
+  np.savez(tmp_path / "wide.npz", mu=np.zeros(5), sigma=np.eye(5))
+  for name, figures, words in (
+    ("real.npz", ("frechet", "kid"), ["real.npz", "what kid takes", "prepare --statistics"]),
+    ("wide.npz", ("frechet",), ["wide.npz", "of 5 features, pixels gives 64"]),
+    ("absent.npz", ("frechet",), ["absent.npz does not exist", "prepare --statistics"]),
+  ):
+    with pytest.raises(UserError) as refusal:
+      evaluated(workdir, figures=figures, **{"statistics.pixels": str(tmp_path / name)})
+    assert all(word in str(refusal.value) for word in words), str(refusal.value)
+  with pytest.raises(UserError, match="precision_recall takes at least 4 images"):
+    evaluated(workdir, figures=("precision_recall",), count=3)
+  with pytest.raises(UserError, match="no folder"):
+    prepare.make_statistics(tiny(), tmp_path / "absent" / "real.npz", None)
 
 
 def test_few_images_for_many_features_are_remarked_upon(
@@ -252,7 +310,7 @@ def test_a_model_of_latents_is_shown_measured_and_scored_as_images(
   unread = {"data.source": "latents"}  # with statistics, the data need not be there
   evaluate.run(tiny(latents | unread), tmp_path / "run")
   evaluate.run_elsewhere(tiny(latents | unread), tmp_path / "run", str(tmp_path / "made.npz"))
-  (scored,) = json.loads((tmp_path / "run" / "figures" / "made.json").read_text())
+  (scored,) = json.loads((tmp_path / "run" / "figures" / "images_made.json").read_text())
   assert scored["figures"] == pytest.approx(row["figures"], rel=1e-6)
   with pytest.raises(UserError, match=r"decodes 4 channels, but data.channels is 1"):
     train.run(tiny({"autoencoder.path": str(autoencoder_folder)}), tmp_path / "other")

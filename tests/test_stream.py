@@ -134,6 +134,31 @@ def test_an_interrupted_evaluation_goes_on(
   assert not list(tmp_path.iterdir())
 
 
+def test_an_interruption_between_extractors_counts_no_image_twice(
+  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  resumable = Resumable(tmp_path / "sums.npz")
+  made, of = [], Summary.of
+
+  def stop_in_the_second_batch(*args: Any, **settings: Any) -> Summary:
+    made.append(args)
+    if len(made) == 4:  # the first extractor's sums of the batch are done
+      raise StoppedError
+    return of(*args, **settings)
+
+  monkeypatch.setattr(Summary, "of", stop_in_the_second_batch)
+  with pytest.raises(StoppedError):
+    summaries((1, 1), 8, resumable)
+  done, kept = resumable.load()
+  assert done == 8
+  assert {summary.moments[FEATURES].count for summary in kept.values()} == {8}
+
+
+def test_infinite_images_are_no_white_ones() -> None:
+  images = jnp.ones((3, 2, 2, 1)).at[1, 0, 0].set(jnp.inf).at[2, 1, 1].set(jnp.nan)
+  assert stream.finite(images).tolist() == [True, False, False]
+
+
 def test_parameters_of_any_step_take_one_compilation() -> None:
   images = stream.GeneratedImages(generator((8, 1), 8), EXTRACTORS)
   for scale in (1.0, 0.5):

@@ -21,8 +21,8 @@ FIGURES = {
   "kid": ("kid", "kid_std"),
   "precision_recall": ("precision", "recall"),
 }
-# Numbers that are better if higher; the others are distances.
-HIGHER_IS_BETTER = {"inception_score", "precision", "recall"}
+# How the numbers begin that are better if higher; the others are distances.
+HIGHER_IS_BETTER = ("inception_score", "precision", "recall")
 # Figures that need the features themselves, of both sets: memory grows with the images.
 KEEPING = {"kid", "precision_recall"}
 

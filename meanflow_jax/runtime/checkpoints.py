@@ -121,6 +121,14 @@ class Checkpoints:
       raise CheckpointError(f"{self._directory} takes no checkpoint {step}: {why}")
     self._held = step
 
+  def drop_from(self, step: int) -> None:
+    """Deletes the checkpoints of a step and of all later ones, which `save` would not take."""
+    self.wait()
+    for later in self.steps():
+      if later >= step:
+        self._manager.delete(later)
+        self._held = None
+
   def wait(self) -> None:
     """Blocks until the save in progress is on disk.
 

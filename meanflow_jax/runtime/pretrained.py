@@ -47,7 +47,7 @@ class Origin(NamedTuple):
   @property
   def short(self) -> str:
     """The name, or else the start of the hash: part of what figures are labelled with."""
-    return " or ".join(self.names) or f"unpublished {self.sha256[:8]}"
+    return " or ".join(self.names) if self.known else f"unpublished {self.sha256[:8]}"
 
   def __str__(self) -> str:
     return f"{' or '.join(self.names) or 'unpublished weights'} (sha256 {self.sha256})"

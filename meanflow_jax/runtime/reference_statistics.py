@@ -18,6 +18,10 @@ from meanflow_jax.metrics.moments import Moments
 from meanflow_jax.metrics.summary import FEATURES, SPATIAL, Summary
 
 UNSTATED = "unstated"
+HELP = (
+  "statistics of real images are made by python -m meanflow_jax.prepare --statistics, or published "
+  "beside the figures that are to be compared with"
+)
 NAMES = {
   FEATURES: (("mu", "sigma"), ("ref_mu", "ref_sigma")),
   SPATIAL: (("mu_s", "sigma_s"),),
@@ -101,6 +105,8 @@ def read(path: pathlib.Path, *, convention: str, resolution: tuple[int, ...]) ->
 def _arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
   """All arrays of a file but images."""
   try:
+    if not path.is_file():
+      raise FileNotFoundError(f"{path} does not exist: {HELP}")
     with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
       return {name: stored[name] for name in stored.files if not name.startswith("arr_")}
   except (ValueError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
