@@ -6,6 +6,7 @@ Parameters are those of a new network: they cost what trained ones do. Times of 
 compiled steps by themselves; that of the whole is the evaluation's own stream, moments included.
 """
 
+import dataclasses
 import pathlib
 import sys
 import time
@@ -49,7 +50,7 @@ def main(_: list[str]) -> None:
 
 def parts(generator: Generator, params: object, extractors: object) -> dict[str, float]:
   """Seconds per batch of each part by itself."""
-  bare = Generator(**{**vars(generator), "decoder": None})
+  bare = dataclasses.replace(generator, decoder=None)
   generate = jax.jit(lambda params, first: bare(params, None, first)[0])
   images = generate(params, generator.place(0))
   seconds = {"generate": timed(lambda: generate(params, generator.place(0)))}

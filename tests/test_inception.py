@@ -96,12 +96,11 @@ def test_the_conventions_differ_where_they_say():
 # Layers.
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
-all_paddings = pytest.mark.parametrize("padding", ["SAME", "VALID", ((2, 0), (1, 3))])
 
 
-@all_paddings
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("kernel", [(3, 3), (1, 7), (5, 2)])
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (1, 7), (5, 2)])
 @pytest.mark.parametrize("sides", [(9, 8), (8, 9)])
 def test_a_convolution_is_that_of_jax(padding, stride, kernel, sides):
   x = RNG.normal(size=(2, *sides, 3)).astype(np.float32)
@@ -120,15 +119,12 @@ def test_a_convolution_has_a_surplus_row_on_a_cpu_alone(platform, height):
   shapes = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((2, 9, 8, 3), (3, 3, 3, 4)))
   program = jax.export.export(convolve, platforms=[platform])(*shapes).mlir_module()
   (computed,) = (line for line in program.splitlines() if "stablehlo.convolution" in line)
-  assert computed.endswith(f"tensor<2x{height}x8x4xf32>")
+  assert f"-> tensor<2x{height}x8x4xf32>" in computed
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+@pytest.mark.parametrize(("stride", "padding"), [(1, "SAME"), (1, "VALID"), (2, "VALID")])
 @pytest.mark.parametrize("sides", [(7, 9), (9, 8)])
 def test_a_maximum_is_of_three_by_three_pixels(stride, padding, sides):
-  if padding == "SAME" and stride == 2:
-    pytest.skip("the network has no such pool")
   x = RNG.normal(size=(2, *sides, 3)).astype(np.float32) - 5  # zeros beyond the border would win
   expected = nn.max_pool(x, (3, 3), (stride, stride), padding)
   np.testing.assert_array_equal(max_pool(jnp.asarray(x), stride, padding), expected)
@@ -143,8 +139,9 @@ def test_an_average_leaves_out_what_is_beyond_the_border():
   np.testing.assert_allclose(average_pool(jnp.asarray(x)), expected, atol=1e-6)
 
 
-def test_the_average_of_a_constant_is_that_constant():
-  np.testing.assert_allclose(average_pool(jnp.full((1, 8, 8, 2), 3.0)), 3.0, rtol=1e-6)
+@pytest.mark.parametrize("side", [1, 2, 3, 8])
+def test_the_average_of_a_constant_is_that_constant(side):
+  np.testing.assert_allclose(average_pool(jnp.full((1, side, 8, 2), 3.0)), 3.0, rtol=1e-6)
 
 
 def test_batch_norms_are_folded_into_the_convolutions(tensors):
