@@ -4,15 +4,19 @@ Any key of the config is a flag: --config.train.steps=1000.
 """
 
 import logging
+import os
 import pathlib
 import sys
+import traceback
 
 import absl.logging
+import jax
 from absl import app, flags
 
 from meanflow_jax import command_line, evaluate, sample, train
-from meanflow_jax.build import UserError
+from meanflow_jax.build import UserError, explaining_mistakes
 from meanflow_jax.data.sources import UnreadableImageError
+from meanflow_jax.runtime import processes
 from meanflow_jax.runtime.checkpoints import CheckpointError
 from meanflow_jax.runtime.reporting import NonFiniteError
 
@@ -21,6 +25,12 @@ WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.")
 MODE = flags.DEFINE_enum("mode", "train", ["train", "sample", "evaluate"], "What to do.")
 IMAGES = flags.DEFINE_string(
   "images", None, "--mode=evaluate: a folder or .npz of images that were made elsewhere."
+)
+DISTRIBUTED = flags.DEFINE_bool(
+  "distributed", False, "Look for the other processes of a cluster that JAX knows."
+)
+STARTUP_TIMEOUT = flags.DEFINE_integer(
+  "startup_timeout", 300, "Seconds that the other processes have to come.", lower_bound=1
 )
 OUT = flags.DEFINE_string("out", None, "--mode=sample: the .png or .npz to write.")
 
@@ -38,6 +48,8 @@ def main(_: list[str]) -> None:
       raise UserError(f"--images is read with --mode=evaluate, not with --mode={MODE.value}")
     if OUT.value and MODE.value != "sample":
       raise UserError(f"--out is read with --mode=sample, not with --mode={MODE.value}")
+    with explaining_mistakes():
+      processes.join(detect=DISTRIBUTED.value, timeout=STARTUP_TIMEOUT.value)
     if MODE.value == "train":
       train.run(CONFIG.value, workdir)
     elif MODE.value == "evaluate" and IMAGES.value:
@@ -53,6 +65,14 @@ def main(_: list[str]) -> None:
   except KeyboardInterrupt:
     print("interrupted; the same command continues from the newest checkpoint", file=sys.stderr)
     sys.exit(130)
+  except jax.errors.JaxRuntimeError:
+    if jax.process_count() == 1:
+      raise
+    # Most likely another process is lost; to wait for it at the exit, as JAX does, is in vain.
+    traceback.print_exc()
+    print("error: the step failed, or another process did: start all again", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(processes.TRY_AGAIN)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from meanflow_jax.runtime.mesh import (
   constrain_rows,
   make_mesh,
   parameter_shardings,
-  replicated,
+  replicate,
 )
 from meanflow_jax.train_step import Averages, TrainStep, init_params, item_name, make_optimizer
 
@@ -238,7 +238,7 @@ def decoder(config: ConfigDict, mesh: Mesh) -> Decoder | None:
   params = autoencoder.params_from_torch(network, tensors)
   origin = pretrained.origin(path / pretrained.AUTOENCODER.weights)
   name = f"{origin.short}, {config.autoencoder.dtype}"
-  return Decoder(jax.device_put(params, replicated(mesh)), network, name)
+  return Decoder(replicate(mesh, params), network, name)
 
 
 def extractors(config: ConfigDict, mesh: Mesh) -> tuple[Extractor, ...]:
@@ -257,7 +257,7 @@ def extractors(config: ConfigDict, mesh: Mesh) -> tuple[Extractor, ...]:
   names = tuple(settings.extractors)
   if not names or len(set(names)) != len(names) or set(names) - make.keys():
     raise ValueError(f"evaluate.extractors must be some of {sorted(make)}, got {names}")
-  return jax.device_put(tuple(make[name]() for name in names), replicated(mesh))
+  return replicate(mesh, tuple(make[name]() for name in names))
 
 
 def generator(

@@ -302,13 +302,13 @@ def _resumable(
   items: Mapping[str, PyTree],
   setting: Setting,
 ) -> Resumable:
-  """The file of a row, named after all that its sums depend on, the parameters included."""
+  """The folder of a row, named after all that its sums depend on, the parameters included."""
   norm = float(optax.tree.norm(items[item_name(setting.ema)]))
   (row,) = rows_of(config, step, evaluator, {setting: {}})
   processes = f"{jax.process_index()} of {jax.process_count()}"
   facts = [row, norm, evaluator.comparison.keep, processes]
   name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-  return Resumable(workdir / "figures" / "unfinished" / f"{name[:16]}.npz")
+  return Resumable(workdir / "figures" / "unfinished" / name[:16])
 
 
 def run_elsewhere(config: ConfigDict, workdir: pathlib.Path, images: str) -> None:

@@ -150,12 +150,14 @@ class Evaluator:
     self,
     items: Mapping[str, PyTree],
     resumable: Callable[[Setting], Resumable] = lambda _: Resumable(None),
+    check: Callable[[], None] = lambda: None,
   ) -> dict[Setting, Figures]:
     """The figures of some parameters, for each row of the table.
 
     Args:
       items: at least the parameters `items`.
       resumable: where the sums of a row are kept meanwhile.
+      check: called after each batch; what it raises ends the evaluation.
     """
     return {
       setting: self.comparison(
@@ -164,6 +166,7 @@ class Evaluator:
           self.count,
           keep=self.comparison.keep,
           resumable=resumable(setting),
+          check=check,
           title=", ".join(f"{key} {value:g}" for key, value in vars(setting).items()),
         )
       )

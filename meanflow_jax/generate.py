@@ -19,7 +19,7 @@ from meanflow_jax.arrays import Image, Label, PRNGKey
 from meanflow_jax.methods.guidance import SamplingGuidance
 from meanflow_jax.methods.sampler import StepFn, sample
 from meanflow_jax.models.autoencoder import Autoencoder, unscale_latents
-from meanflow_jax.runtime.mesh import replicated, rows_sharding
+from meanflow_jax.runtime.mesh import replicate, rows_sharding
 from meanflow_jax.train_step import Purpose, stream, velocity_fn
 
 LABEL_RULES = ("balanced", "random", "one")
@@ -181,7 +181,7 @@ class Generator:
 
   def place(self, first: int) -> Array:
     """A number on all devices."""
-    return jax.device_put(np.int32(first), replicated(self.mesh))
+    return replicate(self.mesh, np.int32(first))
 
   @functools.cached_property
   def _compiled(self) -> Callable[[PyTree, Decoder | None, Array], tuple[Array, Label]]:

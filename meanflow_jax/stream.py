@@ -9,10 +9,11 @@ import dataclasses
 import functools
 import hashlib
 import io
+import json
 import operator
 import os
 import pathlib
-import time
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
@@ -31,7 +32,10 @@ from meanflow_jax.generate import Decoder, Generator, one_ahead
 from meanflow_jax.metrics.summary import Summary
 from meanflow_jax.runtime.mesh import global_batch, local_rows, replicated, rows_sharding
 
-SAVE_EVERY = 60.0  # seconds
+# Images between two writes of the sums: not seconds, for all hosts must write at the same image.
+SAVE_EVERY = 5_000
+# Of the newest writes. Hosts that end at different moments have one of these in common.
+KEPT = 3
 
 # What a step makes of a batch: which images are finite, and their features by extractor.
 Step = tuple[Bool[Array, "B"], dict[str, Outputs]]
@@ -58,36 +62,46 @@ class Resumable:
   """Where the sums so far are kept, so that an interrupted evaluation goes on.
 
   Attributes:
-    path: of this process's file, named after all that the sums depend on; None keeps nothing.
+    folder: of this process's files, named after all that the sums depend on; None keeps nothing.
   """
 
-  path: pathlib.Path | None
+  folder: pathlib.Path | None
 
   def load(self) -> tuple[int, Summaries]:
-    """How many images are done, and their summaries; none where hosts differ in the number."""
-    done, summaries = 0, {}
-    if self.path is not None and self.path.exists():
-      with np.load(self.path, allow_pickle=False) as stored:
-        done, summaries = int(stored["done"]), _from_arrays(stored)
-    same = len(set(_gathered(str(done).encode()))) == 1
-    return (done, summaries) if same else (0, {})
+    """How many images are done on all hosts, and this host's summaries of them."""
+    here = self._files()
+    on_all = set.intersection(
+      *(set(json.loads(d)) for d in _gathered(json.dumps([*here]).encode()))
+    )
+    if not on_all:
+      return 0, {}
+    done = max(on_all)
+    with np.load(here[done], allow_pickle=False) as stored:
+      return done, _from_arrays(stored)
 
   def save(self, done: int, summaries: Summaries) -> None:
-    """Keeps the summaries of the first `done` images."""
-    if self.path is None:
+    """Keeps the summaries of the first `done` images, and some of those before."""
+    if self.folder is None:
       return
-    self.path.parent.mkdir(parents=True, exist_ok=True)
-    partial = self.path.with_suffix(".partial")
+    self.folder.mkdir(parents=True, exist_ok=True)
+    partial = self.folder / "partial"
     with open(partial, "wb") as file:
-      np.savez(file, done=done, **_to_arrays(summaries))
-    os.replace(partial, self.path)
+      np.savez(file, **_to_arrays(summaries))
+    os.replace(partial, self.folder / f"{done}.npz")
+    for older in list(self._files().values())[:-KEPT]:
+      older.unlink()
 
   def discard(self) -> None:
-    """Removes the file, and its folder with the last one."""
-    if self.path is not None and self.path.exists():
-      self.path.unlink()
+    """Removes the folder, and the one that it is in with the last."""
+    if self.folder is not None and self.folder.exists():
+      shutil.rmtree(self.folder)
       with contextlib.suppress(OSError):  # others are in it
-        self.path.parent.rmdir()
+        self.folder.parent.rmdir()
+
+  def _files(self) -> dict[int, pathlib.Path]:
+    """By number of images, ascending."""
+    found = self.folder.glob("*.npz") if self.folder is not None else ()
+    return dict(sorted((int(path.stem), path) for path in found))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +117,14 @@ class GeneratedImages:
   extractors: tuple[Extractor, ...]
 
   def summaries(
-    self, params: PyTree, count: int, *, keep: bool, resumable: Resumable, title: str
+    self,
+    params: PyTree,
+    count: int,
+    *,
+    keep: bool,
+    resumable: Resumable,
+    check: Callable[[], None],
+    title: str,
   ) -> Summaries:
     """Of images 0, ..., count - 1, by extractor.
 
@@ -112,6 +133,7 @@ class GeneratedImages:
       count: of images.
       keep: whether the features of single images are needed.
       resumable: where the sums so far are kept.
+      check: called after each batch; what it raises ends the evaluation.
       title: of the progress bar.
 
     Raises:
@@ -121,7 +143,7 @@ class GeneratedImages:
     dispatch = functools.partial(self._dispatch, params)
     size = self.generator.batch_size
     steps = one_ahead(dispatch, range(start, count, size))
-    return _add_up(steps, start, summaries, count, size, keep, resumable, title)
+    return _add_up(steps, start, summaries, count, size, keep, resumable, check, title)
 
   def _dispatch(self, params: PyTree, first: int) -> Step:
     made = self.generator
@@ -172,7 +194,9 @@ def of_source(
     return compiled(extractors, global_batch(mesh, {"image": images})["image"])
 
   steps = one_ahead(dispatch, range(0, len(source), batch_size))
-  summaries = _add_up(steps, 0, {}, len(source), batch_size, keep, Resumable(None), title)
+  summaries = _add_up(
+    steps, 0, {}, len(source), batch_size, keep, Resumable(None), lambda: None, title
+  )
   return summaries, sum(int(part) for part in _gathered(str(sum(digests)).encode()))
 
 
@@ -196,11 +220,11 @@ def _add_up(
   batch_size: int,
   keep: bool,
   resumable: Resumable,
+  check: Callable[[], None],
   title: str,
 ) -> Summaries:
   """Adds the images of each step to the summaries; all hosts return those of all images."""
   done = saved = start
-  last_saved = time.monotonic()
   settings = {"desc": title, "unit": "image", "leave": False, "disable": None}
   progress = tqdm.tqdm(total=count, initial=start, **settings)
   try:
@@ -213,9 +237,10 @@ def _add_up(
       }
       # In one statement, for an interruption must find both or neither.
       summaries, done = _sums(summaries, parts), min(first + batch_size, count)
-      if time.monotonic() - last_saved > SAVE_EVERY:
+      if done // SAVE_EVERY > saved // SAVE_EVERY:
         resumable.save(done, summaries)
-        last_saved, saved = time.monotonic(), done
+        saved = done
+      check()
   finally:
     progress.close()
     if done > saved:

@@ -23,8 +23,8 @@ from meanflow_jax.evaluate import Evaluator
 from meanflow_jax.generate import Generator
 from meanflow_jax.runtime.checkpoints import Checkpoints
 from meanflow_jax.runtime.images import grid, save_png
-from meanflow_jax.runtime.interrupts import StopRequest
-from meanflow_jax.runtime.mesh import global_batch, local_rows, replicated
+from meanflow_jax.runtime.interrupts import StoppedError, StopRequest
+from meanflow_jax.runtime.mesh import global_batch, local_rows, replicate
 from meanflow_jax.runtime.reporting import NonFiniteError, Report, open_writer
 from meanflow_jax.train_step import (
   Batch,
@@ -69,25 +69,25 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     feed = device_batches(config, source, mesh, first)
     advance = train_step.jitted(mesh)
     with StopRequest() as stop, diagnosing(config, source, mesh, workdir):
-      for step, batch in zip(range(first + 1, last + 1), feed, strict=False):
-        with jax.transfer_guard("disallow"):
-          state, metrics = advance(state, batch)
-        report.push(step, metrics)
-        if stop.signal or due(config.train.checkpoint_every, step):
-          outputs.save(step, state)
-        if stop.signal:
-          outputs.leave(step, stop)
-        if due(config.train.sample_every, step):
-          outputs.show(step, state)
-        if due(config.train.evaluate_every, step):
-          outputs.measure(step, state)
-      outputs.save(last, state)
-      checkpoints.wait()
-    # All is saved: from here on a signal may end the process at once.
-    if stop.signal:
-      outputs.leave(last, stop)
-    outputs.show(last, state)
-    outputs.measure(last, state)
+      try:
+        for step, batch in zip(range(first + 1, last + 1), feed, strict=False):
+          with jax.transfer_guard("disallow"):
+            state, metrics = advance(state, batch)
+          report.push(step, metrics)
+          if due(config.train.checkpoint_every, step):
+            outputs.save(step, state)
+          stop.check()
+          if due(config.train.sample_every, step):
+            outputs.show(step, state)
+          if due(config.train.evaluate_every, step):
+            outputs.measure(step, state, stop)
+        outputs.save(last, state)
+        checkpoints.wait()
+        outputs.show(last, state)
+        outputs.measure(last, state, stop)
+      except StoppedError:
+        outputs.save(int(state.step), state)
+        outputs.leave(int(state.step), stop)
     outputs.announce_end(last)
 
 
@@ -125,13 +125,13 @@ class Outputs:
         save_png(self.grid_path(step), picture)
         self.report.writer.write_images(step, {"samples": picture[None]})
 
-  def measure(self, step: int, state: TrainState) -> None:
-    """Computes and stores the figures."""
+  def measure(self, step: int, state: TrainState, stop: StopRequest) -> None:
+    """Computes and stores the figures, unless `stop` is granted meanwhile."""
     if self.evaluator is None:
       return
     with self.report.paused():
       items = to_items(state)
-      found = self.evaluator(items)
+      found = self.evaluator(items, check=stop.check)
       figures = self.evaluator.tagged(found)
       if jax.process_index() == 0:
         rows = evaluate.rows_of(self.config, step, self.evaluator, found)
@@ -159,17 +159,19 @@ class Outputs:
     """Ends the process once the checkpoint is on disk."""
     self.checkpoints.wait()
     self.report.writer.flush()
-    print(f"{stop.signal.name}: stopped and saved at step {step}; to resume, run again:")
-    print(f"  python {shlex.join(sys.argv)}", flush=True)
+    if jax.process_index() == 0:
+      print(f"{stop.signal.name}: stopped and saved at step {step}; to resume, run again:")
+      print(f"  python {shlex.join(sys.argv)}", flush=True)
     raise SystemExit(stop.exit_status)
 
   def announce_end(self, step: int) -> None:
     """Says where everything is."""
     self.report.writer.flush()
-    print(
-      f"done: {step} steps. checkpoints, samples, figures, metrics.jsonl and tensorboard are in "
-      f"{self.workdir}; the final grid is {self.grid_path(step)}"
-    )
+    if jax.process_index() == 0:
+      print(
+        f"done: {step} steps. checkpoints, samples, figures, metrics.jsonl and tensorboard are in "
+        f"{self.workdir}; the final grid is {self.grid_path(step)}"
+      )
 
   def grid_path(self, step: int) -> pathlib.Path:
     """Where the grid of a step lies."""
@@ -214,7 +216,7 @@ def restore_or_init(
     raise build.UserError(
       f"the checkpoint is at step {step}, beyond train.steps {config.train.steps}"
     )
-  return from_items(items, jax.device_put(np.int32(step), replicated(mesh)))
+  return from_items(items, replicate(mesh, np.int32(step)))
 
 
 def host_batches(
@@ -245,11 +247,13 @@ def device_batches(
 def announce(config: ConfigDict, state: TrainState, mesh: Mesh) -> None:
   """Says what is going to run."""
   size = parameter_overview.count_parameters(state.params)
-  print(
-    f"{size / 1e6:.2f}M parameters on {mesh.size} {jax.default_backend()} device(s), "
-    f"batch {config.train.batch_size}, steps {int(state.step)} to {config.train.steps}",
-    flush=True,
-  )
+  hosts = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+  if jax.process_index() == 0:
+    print(
+      f"{size / 1e6:.2f}M parameters on {mesh.size} {jax.default_backend()} device(s){hosts}, "
+      f"batch {config.train.batch_size}, steps {int(state.step)} to {config.train.steps}",
+      flush=True,
+    )
 
 
 def make_report(config: ConfigDict, workdir: pathlib.Path, first_step: int) -> Report:
@@ -259,7 +263,6 @@ def make_report(config: ConfigDict, workdir: pathlib.Path, first_step: int) -> R
   return Report(
     writer,
     every=config.train.log_every,
-    first_step=first_step,
     total_steps=config.train.steps,
     batch_size=config.train.batch_size,
   )

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from ml_collections import ConfigDict
 
 from configs import digits
 from meanflow_jax import build
+from meanflow_jax.runtime import processes
 from meanflow_jax.runtime.checkpoints import Checkpoints
 from meanflow_jax.runtime.mesh import make_mesh
 from meanflow_jax.train_step import TrainState, TrainStep, from_items, to_items
@@ -117,19 +119,42 @@ def files_below(folder: pathlib.Path) -> dict[str, bytes | None]:
 
 
 def start(
-  workdir: pathlib.Path, *flags: str, changes: dict[str, Any] | None = None, shell: str = ""
+  workdir: pathlib.Path,
+  *flags: str,
+  changes: dict[str, Any] | None = None,
+  shell: str = "",
+  variables: dict[str, str] | None = None,
 ) -> subprocess.Popen[str]:
-  """A tiny run in a process of its own, with one device."""
+  """A tiny run in a process of its own, with one device; and environment variables."""
   keys = [f"--config.{key}={value}" for key, value in (TINY | (changes or {})).items()]
   command = [sys.executable, "main.py", "--config=configs/digits.py", f"--workdir={workdir}"]
   return subprocess.Popen(
     ["bash", "-c", f'{shell} exec "$@"', "bash", *command, *keys, *flags],
     cwd=ROOT,
-    env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    env=os.environ | {"JAX_PLATFORMS": "cpu"} | (variables or {}),
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
   )
+
+
+def start_together(
+  workdir: pathlib.Path, count: int, *flags: str, changes: dict[str, Any] | None = None
+) -> list[subprocess.Popen[str]]:
+  """The same tiny run by several processes, of one device each."""
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    address = f"localhost:{free.getsockname()[1]}"
+  return [
+    start(workdir, *flags, changes=changes, variables=variables_of(address, count, index))
+    for index in range(count)
+  ]
+
+
+def variables_of(address: str, count: int, index: int) -> dict[str, str]:
+  """What tells a process of the others."""
+  names = (processes.ADDRESS, processes.COUNT, processes.INDEX)
+  return dict(zip(names, (address, str(count), str(index)), strict=True))
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:

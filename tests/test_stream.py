@@ -1,5 +1,6 @@
 """Features stream to the same sums on any devices, in any batches, with or without a break."""
 
+import json
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -62,7 +63,13 @@ def summaries(
   shape: tuple[int, int], batch_size: int, resumable: Resumable = NOWHERE, **changes: Any
 ) -> dict[str, Summary]:
   images = stream.GeneratedImages(generator(shape, batch_size), EXTRACTORS)
-  settings = {"params": PARAMS, "count": COUNT, "keep": True, "title": ""} | changes
+  settings = {
+    "params": PARAMS,
+    "count": COUNT,
+    "keep": True,
+    "check": lambda: None,
+    "title": "",
+  } | changes
   return images.summaries(resumable=resumable, **settings)
 
 
@@ -107,7 +114,7 @@ class StoppedError(Exception):
 def test_an_interrupted_evaluation_goes_on(
   tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, batch_size: int
 ) -> None:
-  resumable = Resumable(tmp_path / "unfinished" / "sums.npz")
+  resumable = Resumable(tmp_path / "unfinished" / "sums")
   one_ahead = stream.one_ahead
 
   def stop_after_two(dispatch: Any, firsts: range) -> Iterator[Any]:
@@ -137,7 +144,7 @@ def test_an_interrupted_evaluation_goes_on(
 def test_an_interruption_between_extractors_counts_no_image_twice(
   tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-  resumable = Resumable(tmp_path / "sums.npz")
+  resumable = Resumable(tmp_path / "sums")
   made, of = [], Summary.of
 
   def stop_in_the_second_batch(*args: Any, **settings: Any) -> Summary:
@@ -163,7 +170,7 @@ def test_parameters_of_any_step_take_one_compilation() -> None:
   images = stream.GeneratedImages(generator((8, 1), 8), EXTRACTORS)
   for scale in (1.0, 0.5):
     params = jax.tree.map(lambda x, scale=scale: scale * x, PARAMS)
-    images.summaries(params, COUNT, keep=False, resumable=NOWHERE, title="")
+    images.summaries(params, COUNT, keep=False, resumable=NOWHERE, check=lambda: None, title="")
   assert images._compiled._cache_size() == 1
 
 
@@ -171,10 +178,38 @@ def test_sums_are_kept_every_now_and_then(
   tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
   kept: list[int] = []
-  monkeypatch.setattr(stream, "SAVE_EVERY", 0.0)
+  monkeypatch.setattr(stream, "SAVE_EVERY", 12)
   monkeypatch.setattr(Resumable, "save", lambda self, done, summaries: kept.append(done))
-  summaries((1, 1), 10, Resumable(tmp_path / "sums.npz"))
-  assert kept == [10, 20, COUNT]
+  summaries((1, 1), 5, Resumable(tmp_path / "sums"))
+  assert kept == [15, 25, COUNT]
+
+
+@pytest.mark.parametrize(
+  ("theirs", "expected"), [([10, 20], 20), ([5, 10], 10), ([30], 0), ([], 0)]
+)
+def test_hosts_go_on_from_the_newest_sums_that_all_have(
+  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, theirs: list[int], expected: int
+) -> None:
+  resumable = Resumable(tmp_path / "sums")
+  found = summaries((1, 1), COUNT)
+  for done in (5, 10, 15, 20):
+    resumable.save(done, {f"after {done}": found[EXTRACTORS[0].name]})
+  assert sorted(path.stem for path in (tmp_path / "sums").iterdir()) == ["10", "15", "20"]
+  monkeypatch.setattr(stream, "_gathered", lambda data: [data, json.dumps(theirs).encode()])
+  done, kept = resumable.load()
+  assert (done, list(kept)) == (expected, [f"after {expected}"] if expected else [])
+
+
+def test_the_wish_to_stop_is_granted_between_batches() -> None:
+  asked: list[int] = []
+
+  def check() -> None:
+    asked.append(1)
+    if len(asked) == 2:
+      raise StoppedError
+
+  with pytest.raises(StoppedError):
+    summaries((1, 1), 8, check=check)
 
 
 def test_images_that_are_not_finite_are_counted_and_refused() -> None:

@@ -1,11 +1,22 @@
-"""Ctrl-C and SIGTERM as a wish to stop, to be granted between two steps."""
+"""Ctrl-C, SIGTERM and preemption as a wish to stop, granted where all processes agree."""
 
+import os
 import signal
 import types
+
+import jax
+from jax.experimental import multihost_utils
+
+
+class StoppedError(Exception):
+  """The wish to stop is granted here."""
 
 
 class StopRequest:
   """Notes SIGINT and SIGTERM instead of dying of them; a second Ctrl-C interrupts at once.
+
+  With several processes, the signal may come to any of them: the coordination service tells the
+  others, and chooses at which of the next questions (`check`) all of them stop.
 
   Attributes:
     signal: the signal that came, or None.
@@ -14,9 +25,12 @@ class StopRequest:
   def __init__(self):
     self.signal: signal.Signals | None = None
     self._previous: dict[signal.Signals, object] = {}
+    self._asked = 0
 
   def __enter__(self) -> "StopRequest":
-    for number in (signal.SIGINT, signal.SIGTERM):
+    # SIGTERM of several processes belongs to JAX, which passes it on.
+    noted = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGINT, signal.SIGTERM)
+    for number in noted:
       self._previous[number] = signal.signal(number, self._note)
     return self
 
@@ -28,6 +42,22 @@ class StopRequest:
     if self.signal is not None and number == signal.SIGINT:
       raise KeyboardInterrupt
     self.signal = signal.Signals(number)
+    if jax.process_count() > 1:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  def check(self) -> None:
+    """Grants the wish, if there is one; all processes must ask equally often.
+
+    Raises:
+      StoppedError: in all of them.
+    """
+    if jax.process_count() > 1:
+      self._asked += 1
+      if multihost_utils.reached_preemption_sync_point(self._asked):
+        self.signal = self.signal or signal.SIGTERM
+        raise StoppedError
+    elif self.signal:
+      raise StoppedError
 
   @property
   def exit_status(self) -> int:

@@ -30,6 +30,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
+def replicate(mesh: Mesh, arrays: PyTree) -> PyTree:
+  """Arrays that every process has, on all devices; nothing is sent between processes."""
+  copy = lambda x: jax.make_array_from_process_local_data(replicated(mesh), np.asarray(x))
+  return jax.tree.map(copy, arrays)
+
+
 def rows_sharding(mesh: Mesh) -> NamedSharding:
   """The first axis (rows of a batch) spread over all devices."""
   return NamedSharding(mesh, ROWS)

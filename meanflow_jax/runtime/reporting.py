@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import secrets
 import time
 from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -146,7 +147,7 @@ class WandbWriter:
     self._wandb = wandb
     identity = directory / "wandb_id.txt"
     if not identity.exists():
-      identity.write_text(wandb.util.generate_id())
+      identity.write_text(secrets.token_hex(4))
     self._run = wandb.init(
       project=project, config=config, dir=str(directory), id=identity.read_text(), resume="allow"
     )
@@ -235,7 +236,6 @@ class Report:
   Args:
     writer: where they go.
     every: steps between two written ones.
-    first_step: steps done before.
     total_steps: of the run, for the time that is left.
     batch_size: images per step, for the speed.
   """
@@ -245,7 +245,6 @@ class Report:
     writer: Writer,
     *,
     every: int,
-    first_step: int,
     total_steps: int,
     batch_size: int,
   ):
@@ -254,7 +253,8 @@ class Report:
     self._one_by_one = jax.default_backend() == "cpu" and jax.device_count() > 1
     self._total_steps, self._batch_size = total_steps, batch_size
     self._pending: tuple[int, Mapping[str, Array]] | None = None
-    self._last_step, self._last_time = first_step, time.perf_counter()
+    # Of the step from which the speed counts: not the first, which waits for the compiler.
+    self._since: tuple[int, float] | None = None
 
   def push(self, step: int, metrics: Mapping[str, Array]) -> None:
     """Takes the metrics of a step that was just dispatched, and settles those before it."""
@@ -278,12 +278,16 @@ class Report:
       raise NonFiniteError(step, scalars)
     if step % self._every == 0 or step == self._total_steps:
       self.writer.write_scalars(step, scalars | self._speed(step))
+    elif self._since is None:
+      self._speed(step)
 
   def _speed(self, step: int) -> Scalars:
-    now = time.perf_counter()
-    rate = (step - self._last_step) / (now - self._last_time)
-    self._last_step, self._last_time = step, now
-    left = (self._total_steps - step) / rate if rate else 0.0
+    """Since it was last asked for; nothing after the first step."""
+    before, self._since = self._since, (step, time.perf_counter())
+    if before is None:
+      return {}
+    rate = (step - before[0]) / (self._since[1] - before[1])
+    left = (self._total_steps - step) / rate
     return {"steps_per_second": rate, "images_per_second": rate * self._batch_size, "eta": left}
 
   @contextlib.contextmanager
@@ -292,4 +296,6 @@ class Report:
     self.settle()
     start = time.perf_counter()
     yield
-    self._last_time += time.perf_counter() - start
+    if self._since is not None:
+      step, since = self._since
+      self._since = step, since + time.perf_counter() - start
