@@ -48,6 +48,11 @@ def main(_: list[str]) -> None:
       raise UserError(f"--images is read with --mode=evaluate, not with --mode={MODE.value}")
     if OUT.value and MODE.value != "sample":
       raise UserError(f"--out is read with --mode=sample, not with --mode={MODE.value}")
+    if "://" in WORKDIR.value:
+      raise UserError(
+        f"--workdir must be a local or mounted folder, got {WORKDIR.value}; for checkpoints on an "
+        "object store set --config.checkpoint.path"
+      )
     with explaining_mistakes():
       processes.join(detect=DISTRIBUTED.value, timeout=STARTUP_TIMEOUT.value)
     if MODE.value == "train":

@@ -44,7 +44,8 @@ setup(
   ],
   extras_require={
     "cuda": ["jax[cuda12]>=0.7"],
-    "tpu": ["jax[tpu]>=0.7"],
+    "gcs": ["gcsfs>=2024.2"],  # checkpoints on gs://
+    "tpu": ["gcsfs>=2024.2", "jax[tpu]>=0.7"],
     "test": [
       "beartype>=0.20",
       "pytest>=8.0",

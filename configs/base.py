@@ -98,6 +98,7 @@ def get_config() -> ConfigDict:
   config.mesh.fsdp = 1  # over how many devices each parameter is spread
 
   config.checkpoint = ConfigDict()
+  config.checkpoint.path = ""  # where they lie, local or gs://BUCKET/RUN; "": in the workdir
   config.checkpoint.keep_latest = 2
   config.checkpoint.keep_every = 0  # also keep every multiple of this; 0: no others
 

@@ -2,7 +2,7 @@
 # Trains on Google Kubernetes Engine, as a JobSet on a TPU or GPU node pool; needs kubectl, and the
 # JobSet controller in the cluster.
 #
-#   launch/gke.sh [--dry_run] submit --config=configs/imagenet_b2.py --workdir=gs://BUCKET/b2
+#   launch/gke.sh [--dry_run] submit --config=configs/imagenet_b2.py --workdir=DIR
 #   launch/gke.sh [--dry_run] submit COMMAND...
 #   launch/gke.sh [--dry_run] logs      follows what host 0 prints
 #   launch/gke.sh [--dry_run] status    the JobSet and its pods

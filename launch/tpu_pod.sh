@@ -14,7 +14,7 @@
 # command has ended. It leaves the slice to you: stop paying with `delete`.
 #
 # A COMMAND is a whole one, or the flags of main.py; these get --distributed, with which all hosts
-# are one run. Its folders must be seen by all hosts: --workdir=gs://BUCKET/RUN.
+# are one run. Its checkpoints must be seen by all: --config.checkpoint.path=gs://BUCKET/RUN.
 #
 # Settings, by environment variables:
 #   NAME             of the queued resource, and of its slice

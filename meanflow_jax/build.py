@@ -3,10 +3,11 @@
 import contextlib
 import pathlib
 from collections.abc import Collection, Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import flax.linen as nn
 import jax
+from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
@@ -349,22 +350,29 @@ def checkpoints(config: ConfigDict, workdir: pathlib.Path, *, read_only: bool) -
       f"got {settings.keep_latest} and {settings.keep_every}"
     )
   return Checkpoints(
-    workdir / "checkpoints",
+    _storage(config, workdir) / "checkpoints",
     keep_latest=settings.keep_latest,
     keep_every=settings.keep_every or None,
     read_only=read_only,
   )
 
 
-def best_checkpoint(workdir: pathlib.Path, *, read_only: bool) -> Checkpoints:
+def best_checkpoint(config: ConfigDict, workdir: pathlib.Path, *, read_only: bool) -> Checkpoints:
   """The parameters that were the best by `config.evaluate.best`, and no others."""
-  return Checkpoints(workdir / "best", keep_latest=1, keep_every=None, read_only=read_only)
+  folder = _storage(config, workdir) / "best"
+  return Checkpoints(folder, keep_latest=1, keep_every=None, read_only=read_only)
+
+
+def _storage(config: ConfigDict, workdir: pathlib.Path) -> epath.Path:
+  return epath.Path(config.checkpoint.path or workdir).expanduser()
 
 
 def trained_params(
   config: ConfigDict, workdir: pathlib.Path, network: nn.Module, mesh: Mesh, items: Collection[str]
-) -> tuple[int, dict[str, PyTree]]:
-  """The step of `config.sample.checkpoint` and its parameters by item, spread by fsdp.
+) -> tuple[int, dict[str, PyTree], dict[str, Any]]:
+  """The step of `config.sample.checkpoint`, its parameters by item, and the config it is of.
+
+  The parameters are spread by fsdp.
 
   Raises:
     FileNotFoundError: there is no checkpoint.
@@ -374,19 +382,20 @@ def trained_params(
   which = config.sample.checkpoint
   if which not in ("newest", "best") and not which.isdecimal():
     raise ValueError(f"sample.checkpoint must be newest, best or a step, got {which!r}")
-  folder = workdir / ("best" if which == "best" else "checkpoints")
+  folder = _storage(config, workdir) / ("best" if which == "best" else "checkpoints")
   shapes = jax.eval_shape(lambda: init_params(network, config.seed, image_shape(config)))
   target = abstract(shapes, parameter_shardings(mesh, shapes))
   restored = None
   if folder.is_dir():
     best = which == "best"
-    opened = best_checkpoint(workdir, read_only=True) if best else None
+    opened = best_checkpoint(config, workdir, read_only=True) if best else None
     with opened or checkpoints(config, workdir, read_only=True) as saved:
       restored = saved.restore(
         dict.fromkeys(items, target),
         step=int(which) if which.isdecimal() else None,
         identity=identity(config),
       )
+      saved_config = saved.config(restored[0]) if restored else {}
   if restored is None:
     raise FileNotFoundError(f"no checkpoint in {folder}: train first")
-  return restored
+  return *restored, saved_config

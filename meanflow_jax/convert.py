@@ -103,7 +103,7 @@ def write(config: ConfigDict, workdir: pathlib.Path, path: pathlib.Path) -> None
   """
   mesh, item = build.mesh(config), build.ema_item(config, config.sample.ema)
   network = build.network(config, mesh)
-  step, items = build.trained_params(config, workdir, network, mesh, {item})
+  step, items, _ = build.trained_params(config, workdir, network, mesh, {item})
   tensors = {name: np.asarray(x) for name, x in dit_layouts.to_paths(items[item]).items()}
   header = {"config": json.dumps(config.to_dict()), "step": str(step), "average": item}
   weights.write_safetensors(path, tensors, header)
@@ -124,7 +124,7 @@ def write_generator(
   network = build.network(config, mesh)
   generator = build.sample_generator(config, network, method, mesh)
   item = build.ema_item(config, config.sample.ema)
-  step, items = build.trained_params(config, workdir, network, mesh, {item})
+  step, items, _ = build.trained_params(config, workdir, network, mesh, {item})
   record = {"step": step, "average": item, "config": config.to_dict()}
   export_generator(folder, generator, items[item], platforms=platforms, record=record)
   print(f"{item} of step {step}, {generator.nfe} NFE, for {', '.join(platforms)}: {folder}")

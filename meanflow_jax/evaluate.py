@@ -177,15 +177,27 @@ def measure_source(
 
 
 def rows_of(
-  config: ConfigDict, step: int, evaluator: Evaluator, figures: Mapping[Setting, Figures]
+  config: ConfigDict,
+  step: int,
+  evaluator: Evaluator,
+  figures: Mapping[Setting, Figures],
+  guidance: Mapping[str, float],
 ) -> list[Row]:
-  """The rows of the table, each with all that its figures depend on."""
+  """The rows of the table, each with all that its figures depend on.
+
+  Args:
+    config: of the images.
+    step: of the checkpoint.
+    evaluator: of the figures.
+    figures: by setting.
+    guidance: `method.guidance` of the training.
+  """
   common = {
     "count": evaluator.count,
     **{key: config.sample[key] for key in ("labels", "seed", "rounding")},
     "interval": [config.sample.guidance.t_min, config.sample.guidance.t_max],
     "dtype": config.model.dtype,
-    "guidance": config.method.guidance.to_dict(),
+    "guidance": dict(guidance),
     **evaluator.comparison.record(),
   }
   if config.sample.labels == "one":
@@ -279,9 +291,10 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     evaluator = make_evaluator(config, network, method, mesh, lambda: build.source(config))
     if evaluator is None:
       raise ValueError("evaluate.count is 0: there is nothing to evaluate")
-    step, items = build.trained_params(config, workdir, network, mesh, evaluator.items)
+    step, items, trained = build.trained_params(config, workdir, network, mesh, evaluator.items)
+    guidance = trained["method"]["guidance"]
     resumable = functools.partial(_resumable, config, workdir, step, evaluator, items)
-    rows = rows_of(config, step, evaluator, evaluator(items, resumable))
+    rows = rows_of(config, step, evaluator, evaluator(items, resumable), guidance)
   if jax.process_index() == 0:
     path = figures_path(workdir, step)
     write_rows(path, rows)
@@ -304,7 +317,7 @@ def _resumable(
 ) -> Resumable:
   """The folder of a row, named after all that its sums depend on, the parameters included."""
   norm = float(optax.tree.norm(items[item_name(setting.ema)]))
-  (row,) = rows_of(config, step, evaluator, {setting: {}})
+  (row,) = rows_of(config, step, evaluator, {setting: {}}, {})
   processes = f"{jax.process_index()} of {jax.process_count()}"
   facts = [row, norm, evaluator.comparison.keep, processes]
   name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

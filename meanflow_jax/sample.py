@@ -32,7 +32,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, out: pathlib.Path) -> None:
     network = build.network(config, mesh)
     generator = build.sample_generator(config, network, method, mesh)
     item = build.ema_item(config, config.sample.ema)
-    step, items = build.trained_params(config, workdir, network, mesh, {item})
+    step, items, _ = build.trained_params(config, workdir, network, mesh, {item})
   images, labels = draw(generator, items[item], config.sample.count)
   if jax.process_index() == 0:
     if out.suffix == ".png":

@@ -134,7 +134,8 @@ class Outputs:
       found = self.evaluator(items, check=stop.check)
       figures = self.evaluator.tagged(found)
       if jax.process_index() == 0:
-        rows = evaluate.rows_of(self.config, step, self.evaluator, found)
+        guidance = self.config.method.guidance
+        rows = evaluate.rows_of(self.config, step, self.evaluator, found, guidance.to_dict())
         evaluate.write_rows(evaluate.figures_path(self.workdir, step), rows)
         evaluate.plot_history(self.workdir, rows)
       self.report.writer.write_scalars(step, figures)
@@ -147,7 +148,7 @@ class Outputs:
     if not evaluate.is_best(self.workdir, name, figures[name]):
       return
     params = {name: tree for name, tree in items.items() if name != "opt_state"}
-    with build.best_checkpoint(self.workdir, read_only=False) as best:
+    with build.best_checkpoint(self.config, self.workdir, read_only=False) as best:
       best.drop_from(
         step
       )  # of a run that went on from an earlier step, or asked for another figure

@@ -119,7 +119,7 @@ def files_below(folder: pathlib.Path) -> dict[str, bytes | None]:
 
 
 def start(
-  workdir: pathlib.Path,
+  workdir: pathlib.Path | str,
   *flags: str,
   changes: dict[str, Any] | None = None,
   shell: str = "",

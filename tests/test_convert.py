@@ -499,7 +499,7 @@ def test_fine_tuning_starts_as_a_run(tmp_path, capsys):
       assert not x.any()
     else:
       assert x.tobytes() == expected[name].tobytes()
-  step, _ = build.trained_params(
+  step, _, _ = build.trained_params(
     config_of(),
     tmp_path / "run",
     build.network(config_of(), mesh_of(8, 1)),

@@ -62,6 +62,12 @@ def test_a_cluster_that_is_none_is_refused(tmp_path: pathlib.Path) -> None:
   assert processes.ADDRESS in errors
 
 
+def test_a_workdir_on_an_object_store_is_refused() -> None:
+  status, _, errors = finish(start("gs://bucket/run"))
+  assert status == 1
+  assert "checkpoint.path" in errors
+
+
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_process_that_stays_alone_says_for_whom_it_waited(
   tmp_path: pathlib.Path, index: int

@@ -164,6 +164,15 @@ def test_a_finished_run_can_be_run_again(whole: Whole, tmp_path: pathlib.Path) -
   assert names(workdir / "checkpoints") == ["4", "8"]
 
 
+def test_checkpoints_may_lie_elsewhere(tmp_path: pathlib.Path) -> None:
+  config = tiny({"checkpoint.path": str(tmp_path / "bucket"), "train.steps": 4})
+  with devices(*ONE):
+    train.run(config, tmp_path / "run")
+    sample.run(config, tmp_path / "run", tmp_path / "grid.png")
+  assert names(tmp_path / "bucket" / "checkpoints") == ["4"]
+  assert "checkpoints" not in names(tmp_path / "run")
+
+
 def test_a_run_resumes_on_other_devices(whole: Whole, tmp_path: pathlib.Path) -> None:
   stop_and_save(tmp_path, ONE if whole.mesh == MANY else MANY, 5)
   with devices(*whole.mesh):
@@ -193,8 +202,8 @@ def test_evaluation_finds_the_figures_of_training(
   stored = workdir / "figures" / "step_0000008.json"
   during_training = json.loads(stored.read_text())
   stored.unlink()
-  with devices(*whole.mesh):
-    evaluate.run(tiny(), workdir)
+  with devices(*whole.mesh):  # how it was trained, the checkpoint knows
+    evaluate.run(tiny({"method.guidance.omega": 3.0}), workdir)
   assert json.loads(stored.read_text()) == during_training
   shown = " ".join(capsys.readouterr().out.split())
   figure = during_training[0]["figures"]["frechet_pixels"]

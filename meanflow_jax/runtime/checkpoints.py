@@ -176,6 +176,11 @@ class Checkpoints:
       raise CheckpointError(_listing(f"{self._directory} has no usable checkpoint", refused))
     return None
 
+  def config(self, step: int) -> dict[str, Any]:
+    """The config that a checkpoint was saved with."""
+    args = ocp.args.Composite(**{_CONFIG: ocp.args.JsonRestore()})
+    return self._manager.restore(step, args=args)[_CONFIG]
+
   def _open(self, *, cleanup: bool) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(
       preservation_policy=policies.AnyPreservationPolicy(self._kept),
@@ -249,8 +254,7 @@ class Checkpoints:
     return {name: restored[name] for name in targets}
 
   def _require_identity(self, step: int, identity: Mapping[str, Mapping[str, Any]]) -> None:
-    args = ocp.args.Composite(**{_CONFIG: ocp.args.JsonRestore()})
-    config = self._manager.restore(step, args=args)[_CONFIG]
+    config = self.config(step)
     theirs = {
       section: {key: config.get(section, {}).get(key) for key in keys}
       for section, keys in identity.items()
