@@ -38,6 +38,18 @@ def test_clusters_show_in_the_environment(environment: dict[str, str], expected:
 
 
 @pytest.mark.parametrize(
+  ("tasks", "more", "expected"),
+  [("2", {}, [0, 1, 2, 3]), ("8", {}, None), ("2", {"JAX_LOCAL_DEVICE_IDS": "1"}, None)],
+)
+def test_one_slurm_task_on_a_node_takes_all_its_gpus(
+  tasks: str, more: dict[str, str], expected: list[int] | None
+) -> None:
+  counts = {"SLURM_STEP_NUM_TASKS": tasks, "SLURM_STEP_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4"}
+  assert processes.local_devices(counts | more) == expected
+  assert processes.local_devices({}) is None
+
+
+@pytest.mark.parametrize(
   ("variables", "said"),
   [
     ({processes.ADDRESS: "host:1234"}, "go together"),

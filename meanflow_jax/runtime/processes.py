@@ -44,6 +44,7 @@ def join(*, detect: bool, timeout: int) -> None:
       address,
       count,
       index,
+      local_device_ids=local_devices(os.environ),
       initialization_timeout=timeout + 60,
       heartbeat_timeout_seconds=HEARTBEAT,
     )
@@ -61,6 +62,15 @@ def is_cluster(environment: Mapping[str, str]) -> bool:
   tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
   hosts = environment.get("TPU_WORKER_HOSTNAMES", "")
   return int(tasks) > 1 or len(hosts.split(",")) > 1
+
+
+def local_devices(environment: Mapping[str, str]) -> list[int] | None:
+  """All GPUs of a node that has one Slurm task; left to itself, JAX would take the first alone."""
+  gpus = environment.get("SLURM_GPUS_ON_NODE", "")
+  tasks, nodes = (environment.get(f"SLURM_STEP_NUM_{name}") for name in ("TASKS", "NODES"))
+  if "JAX_LOCAL_DEVICE_IDS" in environment or not gpus.isdecimal() or tasks != nodes:
+    return None
+  return list(range(int(gpus)))
 
 
 def _asked_for(environment: Mapping[str, str]) -> tuple[str, int, int] | None:
