@@ -1,6 +1,6 @@
-"""The one entry point: python main.py --config=FILE --workdir=DIR [--mode=train|sample|evaluate].
+"""The one entry point: python main.py --config=FILE --workdir=DIR [--mode=MODE].
 
-Any key of the config is a flag: --config.train.steps=1000.
+MODE is train, sample, evaluate or plan. Any key of the config is a flag: --config.train.steps=1000.
 """
 
 import logging
@@ -13,7 +13,7 @@ import absl.logging
 import jax
 from absl import app, flags
 
-from meanflow_jax import command_line, evaluate, sample, train
+from meanflow_jax import command_line, evaluate, plan, sample, train
 from meanflow_jax.build import UserError, explaining_mistakes
 from meanflow_jax.data.sources import UnreadableImageError
 from meanflow_jax.runtime import processes
@@ -22,7 +22,7 @@ from meanflow_jax.runtime.reporting import NonFiniteError
 
 CONFIG = command_line.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.")
-MODE = flags.DEFINE_enum("mode", "train", ["train", "sample", "evaluate"], "What to do.")
+MODE = flags.DEFINE_enum("mode", "train", ["train", "sample", "evaluate", "plan"], "What to do.")
 IMAGES = flags.DEFINE_string(
   "images", None, "--mode=evaluate: a folder or .npz of images that were made elsewhere."
 )
@@ -33,6 +33,10 @@ STARTUP_TIMEOUT = flags.DEFINE_integer(
   "startup_timeout", 300, "Seconds that the other processes have to come.", lower_bound=1
 )
 OUT = flags.DEFINE_string("out", None, "--mode=sample: the .png or .npz to write.")
+TOPOLOGY = flags.DEFINE_string(
+  "topology", None, "--mode=plan: the machine, as v5p:4x4x4, v5e:4x4, v6e:8x8 or h200:64."
+)
+SWEEP = flags.DEFINE_bool("sweep", False, "--mode=plan: compare meshes, remat and batch sizes.")
 
 
 def main(_: list[str]) -> None:
@@ -42,12 +46,19 @@ def main(_: list[str]) -> None:
   logging.getLogger("meanflow_jax").setLevel(logging.WARNING)
   # When a save fails, asyncio repeats in its own time what Orbax raises and we report.
   logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-  workdir = pathlib.Path(WORKDIR.value).expanduser()
+  workdir = pathlib.Path(WORKDIR.value or "").expanduser()
   try:
     if IMAGES.value and MODE.value != "evaluate":
       raise UserError(f"--images is read with --mode=evaluate, not with --mode={MODE.value}")
     if OUT.value and MODE.value != "sample":
       raise UserError(f"--out is read with --mode=sample, not with --mode={MODE.value}")
+    if (TOPOLOGY.value or SWEEP.value) and MODE.value != "plan":
+      raise UserError(f"--topology and --sweep are read with --mode=plan, not {MODE.value}")
+    if MODE.value == "plan":
+      if not TOPOLOGY.value:
+        raise UserError("--mode=plan needs --topology=NAME, as v5p:4x4x4, v5e:4x4 or h200:64")
+      plan.run(CONFIG.value, TOPOLOGY.value, sweep=SWEEP.value)
+      return
     if "://" in WORKDIR.value:
       raise UserError(
         f"--workdir must be a local or mounted folder, got {WORKDIR.value}; for checkpoints on an "
@@ -81,5 +92,9 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  flags.mark_flag_as_required("workdir")
+  flags.register_multi_flags_validator(
+    ["mode", "workdir"],
+    lambda given: given["workdir"] is not None or given["mode"] == "plan",
+    "--workdir=DIR is missing",
+  )
   app.run(main, flags_parser=command_line.parse)

@@ -38,7 +38,8 @@ def get_config() -> ConfigDict:
   data.tfds.name = "cifar10"
   data.tfds.split = "train"
   data.tfds.data_dir = ""  # "": TFDS' default
-  data.latents = ConfigDict({"path": ""})  # a folder of prepared latents
+  # A folder that meanflow_jax.prepare made: latents, or pixels where autoencoder.path is empty
+  data.latents = ConfigDict({"path": ""})
   data.synthetic = ConfigDict({"length": 100_000})  # noise, to time things
 
   config.model = model = ConfigDict()  # DiT
@@ -88,10 +89,23 @@ def get_config() -> ConfigDict:
   train.checkpoint_every = 5_000  # 0: only at the end
   train.sample_every = 5_000  # 0: only at the end
   train.evaluate_every = 0  # 0: only at the end
+  # Against loss spikes: steps whose gradient norm or unweighted error is above `factor` times its
+  # rolling mean. off | record: write a diagnosis | skip: and leave out the update | roll_back: and
+  # go on, with other data, from a checkpoint
+  train.guard = ConfigDict({"action": "off"})
+  train.guard.factor = 10.0
+  train.guard.window = 100  # steps of the mean; nothing is a spike before so many
+  train.guard.steps_back = 100  # by which the checkpoint of a roll-back is older, at least
 
   config.autoencoder = ConfigDict()  # between images and the latents that a model sees
   config.autoencoder.path = ""  # folder of Stable Diffusion's weights; "": the model sees pixels
-  config.autoencoder.dtype = "float32"  # of decoding: float32 | bfloat16
+  config.autoencoder.dtype = "float32"  # of encoding and decoding: float32 | bfloat16
+
+  config.prepare = prepare = ConfigDict()  # python -m meanflow_jax.prepare
+  prepare.records_per_shard = 10_000  # images per file
+  prepare.flipped = True  # encode the mirrored images too, for data.flip
+  prepare.batch_size = 64  # images at a time, over the devices of one host
+  prepare.workers = 0  # processes that decode images, each with data.threads; 0: threads alone
 
   config.mesh = ConfigDict()  # devices = data x fsdp
   config.mesh.data = -1  # -1: all that fsdp leaves

@@ -15,9 +15,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from meanflow_jax import build, command_line
-from meanflow_jax.runtime.mesh import make_mesh, rows_sharding
+from meanflow_jax.compiled import DoesNotFitError, compile_step, model_flops
+from meanflow_jax.runtime.mesh import make_mesh
 from meanflow_jax.runtime.topology import tpu_devices
-from meanflow_jax.train_step import Batch, TrainStep
+from meanflow_jax.train_step import TrainStep
 
 CONFIG = command_line.define_config()
 BATCH = flags.DEFINE_integer(
@@ -41,7 +42,11 @@ def main(_: list[str]) -> None:
     f"{train_step.method.forward_passes:g} forward passes",
   }
   measure = compiled_figures if TOPOLOGY.value else measured_figures
-  for name, value in (figures | measure(config, train_step, mesh)).items():
+  try:
+    figures |= measure(config, train_step, mesh)
+  except DoesNotFitError as error:
+    sys.exit(f"error: {error}")
+  for name, value in figures.items():
     print(f"{name:16} {value}")
 
 
@@ -65,7 +70,7 @@ def prepare() -> tuple[ConfigDict, TrainStep, Mesh]:
 def measured_figures(config: ConfigDict, train_step: TrainStep, mesh: Mesh) -> dict[str, str]:
   """Times steps on a fixed batch of zeros, which cost what any other does."""
   zeros = lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding)
-  state, batch = train_step.new_state(mesh), jax.tree.map(zeros, batch_of(config, mesh))
+  state, batch = train_step.new_state(mesh), jax.tree.map(zeros, build.abstract_batch(config, mesh))
   step = train_step.jitted(mesh)
   start = time.perf_counter()
   lowered = step.lower(state, batch)
@@ -89,40 +94,17 @@ def measured_figures(config: ConfigDict, train_step: TrainStep, mesh: Mesh) -> d
 
 def compiled_figures(config: ConfigDict, train_step: TrainStep, mesh: Mesh) -> dict[str, str]:
   """The compiler's figures of one chip."""
-  start = time.perf_counter()
-  arguments = train_step.abstract_state(mesh), batch_of(config, mesh)
-  compiled = train_step.jitted(mesh).lower(*arguments).compile()
-  seconds = time.perf_counter() - start
-  cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
-  images = config.train.batch_size / mesh.size
-  arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-  peak = arguments + temporaries + memory.output_size_in_bytes - memory.alias_size_in_bytes
-  estimate = cost.get("optimal_seconds", -1.0)
+  figures = compile_step(train_step, build.abstract_batch(config, mesh), mesh)
+  images, estimate = figures.images, figures.estimate
   return {
-    "compile": f"{seconds:.0f} s",
-    "FLOP": f"{cost['flops'] / images / 1e9:.2f} GFLOP/image",
-    "memory traffic": f"{cost['bytes accessed'] / images / 1e9:.3f} GB/image",
-    "state and batch": f"{arguments / 1e9:.2f} GB",
-    "temporaries": f"{temporaries / 1e9:.2f} GB",
-    "peak memory": f"{peak / 1e9:.2f} GB",
-    "estimated time": f"{estimate / images * 1e3:.3f} ms/image" if estimate > 0 else "none given",
+    "compile": f"{figures.seconds:.0f} s",
+    "FLOP": f"{figures.flops / images / 1e9:.2f} GFLOP/image",
+    "memory traffic": f"{figures.traffic / images / 1e9:.3f} GB/image",
+    "state and batch": f"{figures.arguments / 1e9:.2f} GB",
+    "temporaries": f"{figures.temporaries / 1e9:.2f} GB",
+    "peak memory": f"{figures.peak / 1e9:.2f} GB",
+    "estimated time": f"{estimate / images * 1e3:.3f} ms/image" if estimate else "none given",
   }
-
-
-def model_flops(train_step: TrainStep) -> float:
-  """Floating-point operations per image that the mathematics of a step asks for."""
-  passes = train_step.method.forward_passes
-  return passes * train_step.network.forward_flops(train_step.image_shape)
-
-
-def batch_of(config: ConfigDict, mesh: Mesh) -> Batch:
-  """The shapes of a global batch."""
-  rows = config.train.batch_size
-  shapes = {
-    "image": ((rows, *build.image_shape(config)), jnp.float32),
-    "label": ((rows,), jnp.int32),
-  }
-  return {k: jax.ShapeDtypeStruct(*v, sharding=rows_sharding(mesh)) for k, v in shapes.items()}
 
 
 if __name__ == "__main__":

@@ -3,10 +3,11 @@
 import contextlib
 import pathlib
 from collections.abc import Collection, Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import PyTree
@@ -14,25 +15,39 @@ from ml_collections import ConfigDict
 
 from meanflow_jax import features
 from meanflow_jax.data import sources
+from meanflow_jax.data.latents import Latents
 from meanflow_jax.data.sources import Source
 from meanflow_jax.features import Extractor
 from meanflow_jax.generate import Decoder, Generator, Labels
+from meanflow_jax.guard import Guard
 from meanflow_jax.methods.guidance import Guidance, LabelDropout, SamplingGuidance
 from meanflow_jax.methods.meanflow import AdaptiveWeight, MeanFlow
 from meanflow_jax.methods.sampler import time_grid
 from meanflow_jax.methods.time_sampling import LogitNormal, TimePairs, Uniform
 from meanflow_jax.models import autoencoder
+from meanflow_jax.models.autoencoder import Autoencoder
 from meanflow_jax.models.dit import DiT
 from meanflow_jax.runtime import pretrained
 from meanflow_jax.runtime.checkpoints import CheckpointError, Checkpoints
 from meanflow_jax.runtime.mesh import (
+  FSDP,
   abstract,
   constrain_rows,
   make_mesh,
   parameter_shardings,
   replicate,
+  rows_sharding,
 )
-from meanflow_jax.train_step import Averages, TrainStep, init_params, item_name, make_optimizer
+from meanflow_jax.runtime.pretrained import Origin
+from meanflow_jax.train_step import (
+  Averages,
+  TrainStep,
+  init_params,
+  item_name,
+  latent_inputs,
+  make_optimizer,
+  pixel_inputs,
+)
 
 
 class UserError(Exception):
@@ -75,7 +90,7 @@ def source(config: ConfigDict) -> Source:
     "digits": lambda: sources.Digits(**data.digits),
     "folder": lambda: sources.Folder(**data.folder, **size),
     "tfds": lambda: sources.Tfds(**data.tfds, **size),
-    "latents": lambda: _latents(**data.latents),
+    "latents": lambda: _latents(config),
     "synthetic": lambda: sources.Synthetic(
       **data.synthetic, **size, num_classes=max(1, data.num_classes), seed=config.seed
     ),
@@ -87,16 +102,58 @@ def source(config: ConfigDict) -> Source:
   return made
 
 
-def _latents(path: str) -> NoReturn:
-  raise ValueError(f"prepared latents cannot be read yet (data.latents.path {path!r})")
+def _latents(config: ConfigDict) -> Latents:
+  """What meanflow_jax.prepare made, of the kind and by the autoencoder that the config names."""
+  data, weights = config.data, config.autoencoder.path
+  if not data.latents.path:
+    raise ValueError("data.latents.path is empty: name a folder that meanflow_jax.prepare made")
+  made = Latents(**data.latents)
+  recipe, kind = made.manifest.recipe, "latents" if weights else "pixels"
+  if recipe.kind != kind:
+    raise ValueError(
+      f"{data.latents.path} holds {recipe.kind}, and autoencoder.path {weights!r} asks for {kind}: "
+      "it names the weights for a model of latents, and is empty for one of pixels"
+    )
+  if kind == "latents":
+    _check_autoencoder(made, pathlib.Path(weights).expanduser() / pretrained.AUTOENCODER.weights)
+  if data.flip and not made.has_mirrored:
+    raise ValueError(
+      f"data.flip takes the latents of mirrored images, and {data.latents.path} was prepared "
+      "without (prepare.flipped)"
+    )
+  return made
+
+
+def _check_autoencoder(made: Latents, weights: pathlib.Path) -> None:
+  recipe = made.manifest.recipe
+  if weights.is_file() and (ours := pretrained.origin(weights)).sha256 != recipe.autoencoder_sha256:
+    raise ValueError(
+      f"the latents were made by {recipe.autoencoder} (sha256 {recipe.autoencoder_sha256}), but "
+      f"{weights} is {ours}"
+    )
+  if recipe.scale_factor != autoencoder.SCALE_FACTOR:
+    raise ValueError(
+      f"the latents' scale factor is {recipe.scale_factor}, ours {autoencoder.SCALE_FACTOR}"
+    )
+
+
+def reads_moments(config: ConfigDict) -> bool:
+  """Whether a batch holds mean and standard deviation of latents, to be drawn at each step."""
+  return config.data.source == "latents" and bool(config.autoencoder.path)
+
+
+def stored_shape(config: ConfigDict) -> tuple[int, int, int]:
+  """Height, width and channels of an image in a batch."""
+  height, width, channels = image_shape(config)
+  return height, width, channels * (2 if reads_moments(config) else 1)
 
 
 def _check_source(made: Source, config: ConfigDict) -> None:
   classes, shape = config.data.num_classes, made[0]["image"].shape
-  if shape != image_shape(config):
+  if shape != stored_shape(config):
     raise ValueError(
       f"the images of {config.data.source!r} are {shape}, but data.image_size and data.channels "
-      f"say {image_shape(config)}"
+      f"say {stored_shape(config)}"
     )
   if classes not in (0, made.num_classes):
     raise ValueError(
@@ -109,12 +166,18 @@ def network(config: ConfigDict, mesh: Mesh) -> nn.Module:
   """The network of `config.model`.
 
   Raises:
-    ValueError: if the image does not divide into patches, or the model's sizes do not fit.
+    ValueError: if the image does not divide into patches, or the model's sizes do not fit, each
+      other or the mesh.
   """
   if config.model.patch_size < 1 or config.data.image_size % config.model.patch_size:
     raise ValueError(
       f"data.image_size {config.data.image_size} is not divisible by model.patch_size "
       f"{config.model.patch_size}"
+    )
+  if config.model.width % mesh.shape[FSDP]:
+    raise ValueError(
+      f"mesh.fsdp {mesh.shape[FSDP]} does not divide model.width {config.model.width}, so that the "
+      "layers could not be spread evenly: set it to a divisor"
     )
   return DiT(**config.model, num_classes=config.data.num_classes, constrain=constrain_rows(mesh))
 
@@ -180,13 +243,48 @@ def train_step(config: ConfigDict, network: nn.Module, method: MeanFlow, mesh: M
   return TrainStep(
     network=network,
     image_shape=image_shape(config),
+    inputs=latent_inputs if reads_moments(config) else pixel_inputs,
     method=method,
     optimizer=optimizer,
     learning_rate=learning_rate,
     averages=Averages(**config.ema),
     accumulate=config.train.accumulate,
     seed=config.seed,
+    guard=guard(config),
   )
+
+
+def guard(config: ConfigDict) -> Guard | None:
+  """The guard of `config.train.guard`, unless it is off.
+
+  Raises:
+    ValueError: an impossible setting, or a roll-back further than checkpoints reach.
+  """
+  made, kept = Guard(**config.train.guard), config.checkpoint
+  every = config.train.checkpoint_every
+  reach = (kept.keep_latest - 1) * every + 1  # of the oldest one, right after a new one
+  too_far = every == 0 or (made.steps_back > reach and not kept.keep_every)
+  if made.action == "roll_back" and too_far:
+    raise ValueError(
+      f"train.guard.steps_back {made.steps_back} needs a checkpoint that old, and of "
+      f"train.checkpoint_every {every} the last checkpoint.keep_latest {kept.keep_latest} are kept"
+    )
+  return None if made.action == "off" else made
+
+
+def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+  """The shapes of a global batch, and how it is spread."""
+  rows = config.train.batch_size
+  shapes = {
+    "image": ((rows, *stored_shape(config)), jnp.float16 if reads_moments(config) else jnp.float32),
+    "label": ((rows,), jnp.int32),
+  }
+  return {k: jax.ShapeDtypeStruct(*v, sharding=rows_sharding(mesh)) for k, v in shapes.items()}
+
+
+def batch_unit(accumulate: int, devices: int, method: MeanFlow) -> int:
+  """What `train.batch_size` must be a multiple of."""
+  return devices * accumulate * method.times.rows.size
 
 
 def _check_batch(batch_size: int, accumulate: int, devices: int, method: MeanFlow) -> None:
@@ -194,12 +292,11 @@ def _check_batch(batch_size: int, accumulate: int, devices: int, method: MeanFlo
     raise ValueError(
       f"train.batch_size {batch_size} and train.accumulate {accumulate} must be at least 1"
     )
-  group = method.times.rows.size
-  unit = devices * accumulate * group
+  unit = batch_unit(accumulate, devices, method)
   if batch_size % unit:
     raise ValueError(
       f"train.batch_size {batch_size} is not divisible by {unit}: {devices} devices x "
-      f"train.accumulate {accumulate} x groups of {group} rows "
+      f"train.accumulate {accumulate} x groups of {method.times.rows.size} rows "
       f"(method.times.equal_fraction {method.times.equal_fraction}); the nearest that are: "
       f"{max(1, batch_size // unit) * unit}, {(max(1, batch_size // unit) + 1) * unit}"
     )
@@ -228,6 +325,18 @@ def decoder(config: ConfigDict, mesh: Mesh) -> Decoder | None:
   """
   if not config.autoencoder.path:
     return None
+  network, params, origin = load_autoencoder(config)
+  name = f"{origin.short}, {config.autoencoder.dtype}"
+  return Decoder(replicate(mesh, params), network, name)
+
+
+def load_autoencoder(config: ConfigDict) -> tuple[Autoencoder, PyTree, Origin]:
+  """The network of `config.autoencoder`, its parameters, and where they come from.
+
+  Raises:
+    FileNotFoundError: the weights are missing; says where they are published.
+    ValueError: these are other weights, or of other latents than the model makes.
+  """
   path = pathlib.Path(config.autoencoder.path).expanduser()
   published, tensors = pretrained.load(path, pretrained.AUTOENCODER)
   network = autoencoder.from_config(published, config.autoencoder.dtype)
@@ -237,9 +346,7 @@ def decoder(config: ConfigDict, mesh: Mesh) -> Decoder | None:
       f"{config.data.channels}; a model of pixels has autoencoder.path empty"
     )
   params = autoencoder.params_from_torch(network, tensors)
-  origin = pretrained.origin(path / pretrained.AUTOENCODER.weights)
-  name = f"{origin.short}, {config.autoencoder.dtype}"
-  return Decoder(replicate(mesh, params), network, name)
+  return network, params, pretrained.origin(path / pretrained.AUTOENCODER.weights)
 
 
 def extractors(config: ConfigDict, mesh: Mesh) -> tuple[Extractor, ...]:

@@ -1,11 +1,13 @@
 """Flags: the config and its overrides, with mistakes found before anything starts."""
 
 import sys
+from collections.abc import Callable
 
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-# Keys that are read only where another key has a certain value, or names it among others.
+# Keys that are read only where another key has a certain value (or one of several), or names it
+# among others.
 _READ_WHERE = {
   "data.digits.": ("data.source", "digits"),
   "data.folder.": ("data.source", "folder"),
@@ -16,6 +18,9 @@ _READ_WHERE = {
   "method.times.std": ("method.times.distribution", "logit_normal"),
   "method.times.r_mean": ("method.times.distribution", "logit_normal"),
   "method.times.r_std": ("method.times.distribution", "logit_normal"),
+  "train.guard.factor": ("train.guard.action", ("record", "skip", "roll_back")),
+  "train.guard.window": ("train.guard.action", ("record", "skip", "roll_back")),
+  "train.guard.steps_back": ("train.guard.action", "roll_back"),
   "sample.label": ("sample.labels", "one"),
   "evaluate.statistics.pixels": ("evaluate.extractors", "pixels"),
   "evaluate.statistics.inception": ("evaluate.extractors", "inception"),
@@ -34,8 +39,13 @@ def define_config(*, required: bool = True) -> flags.FlagHolder:
   return holder
 
 
-def parse(argv: list[str]) -> list[str]:
-  """Parses all flags; exits with a message where a key does not exist or would not be read."""
+def parse(argv: list[str], adjust: Callable[[ConfigDict], None] | None = None) -> list[str]:
+  """Parses all flags; exits with a message where a key does not exist or would not be read.
+
+  Args:
+    argv: the command line.
+    adjust: what other flags change of the config, before it is asked which keys would be read.
+  """
   try:
     remaining = app.parse_flags_with_usage(argv)
   except (AttributeError, KeyError) as error:  # of a locked ConfigDict, with the nearest key
@@ -47,6 +57,8 @@ def parse(argv: list[str]) -> list[str]:
     sys.exit(f"error: --config: {error}")
   if flags.FLAGS.config is None:
     return remaining
+  if adjust:
+    adjust(flags.FLAGS.config)
   given = config_flags.get_override_values(flags.FLAGS["config"])
   if mistakes := unread(flags.FLAGS.config, list(given)):
     sys.exit("error: " + "\n".join(mistakes))
@@ -56,12 +68,16 @@ def parse(argv: list[str]) -> list[str]:
 def unread(config: ConfigDict, given: list[str]) -> list[str]:
   """Says of each overridden key that nothing would read it, and why."""
   return [
-    f"--config.{key} is read only where {switch} is {value!r}, not {found!r}"
+    f"--config.{key} is read only where {switch} is {_either(value)}, not {found!r}"
     for key in given
     for prefix, (switch, value) in _READ_WHERE.items()
     if (key == prefix or (prefix.endswith(".") and key.startswith(prefix)))
-    and value not in _values(found := _value(config, switch))
+    and not {*_values(value)} & {*_values(found := _value(config, switch))}
   ]
+
+
+def _either(value: str | tuple[str, ...]) -> str:
+  return " or ".join(map(repr, _values(value)))
 
 
 def _values(found: object) -> tuple[object, ...]:

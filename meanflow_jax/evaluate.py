@@ -146,7 +146,8 @@ def _check_source(missing: tuple[Extractor, ...], real: Source, shape: Shape) ->
     names = ", ".join(f"evaluate.statistics.{extractor.name}" for extractor in missing)
     raise ValueError(
       f"the images to be measured are {shape}, those of the data {found}: the data cannot serve as "
-      f"reference. Set {names} to statistics of real images of {shape}"
+      f"reference. Set {names} to statistics of real images of {shape}, made once by "
+      "python -m meanflow_jax.prepare --statistics"
     )
 
 

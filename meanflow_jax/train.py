@@ -1,13 +1,10 @@
 """Trains: builds the parts of a run, restores the newest checkpoint, then loops over steps."""
 
+import collections
 import contextlib
-import dataclasses
 import json
 import pathlib
-import shlex
-import sys
-from collections.abc import Iterator
-from typing import NoReturn
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -16,18 +13,18 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from meanflow_jax import build, evaluate, sample
+from meanflow_jax import build, evaluate
 from meanflow_jax.data.loader import batches
 from meanflow_jax.data.sources import Source
-from meanflow_jax.evaluate import Evaluator
-from meanflow_jax.generate import Generator
+from meanflow_jax.diagnosis import RollBackError, Scene, Spikes
+from meanflow_jax.outputs import Outputs
 from meanflow_jax.runtime.checkpoints import Checkpoints
-from meanflow_jax.runtime.images import grid, save_png
 from meanflow_jax.runtime.interrupts import StoppedError, StopRequest
 from meanflow_jax.runtime.mesh import global_batch, local_rows, replicate
-from meanflow_jax.runtime.reporting import NonFiniteError, Report, open_writer
+from meanflow_jax.runtime.reporting import Report, Watch, open_writer, unwatched
 from meanflow_jax.train_step import (
   Batch,
+  Metrics,
   TrainState,
   TrainStep,
   from_items,
@@ -39,7 +36,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
   """Trains to `config.train.steps`, from the newest checkpoint in `workdir` if there is one.
 
   Raises:
-    UserError: a mistake in the config or the data, or a workdir that is not this run's.
+    UserError: a mistake in the config or the data, a workdir that is not this run's, or spikes that
+      no roll-back helps against.
     CheckpointError: a checkpoint of another network, or one that could not be written.
     NonFiniteError: a step's loss or gradient is NaN or infinite.
     SystemExit: SIGINT or SIGTERM came, and the state is saved.
@@ -58,125 +56,61 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
 
     checkpoints = build.checkpoints(config, workdir, read_only=False)
 
+  with checkpoints:
+    state = restore_or_init(config, workdir, train_step, mesh, checkpoints)
+    advance, tried = train_step.jitted(mesh), collections.Counter()
+    read = lambda number: next(host_batches(config, source, mesh, number))
+    with StopRequest() as stop:
+      while state is not None:  # once, but for roll-backs
+        first, position = int(state.step), int(state.position)
+        scene = Scene(config, workdir, mesh, train_step, read, offset=position - first)
+        watch = Spikes(scene, checkpoints, tried) if train_step.guard else unwatched
+        announce(config, state, mesh)
+        report = make_report(config, workdir, first, watch)
+        outputs = Outputs(config, workdir, checkpoints, report, generator, evaluator, shown)
+        feed = device_batches(config, source, mesh, position)
+        with scene.diagnosing():
+          back = advance_to_end(config, state, advance, feed, outputs, stop)
+        state = back and roll_back(workdir, train_step, mesh, checkpoints, *back)
+    outputs.announce_end(config.train.steps)
+
+
+def advance_to_end(
+  config: ConfigDict,
+  state: TrainState,
+  advance: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
+  feed: Iterator[Batch],
+  outputs: Outputs,
+  stop: StopRequest,
+) -> tuple[int, int] | None:
+  """Loops over the steps that are left; where a spike ends that, returns whereto to roll back."""
   last = config.train.steps
   due = lambda cadence, step: cadence and step % cadence == 0 and step != last
-  with checkpoints:
-    state = restore_or_init(config, train_step, mesh, checkpoints)
-    first = int(state.step)
-    announce(config, state, mesh)
-    report = make_report(config, workdir, first)
-    outputs = Outputs(config, workdir, checkpoints, report, generator, evaluator, shown)
-    feed = device_batches(config, source, mesh, first)
-    advance = train_step.jitted(mesh)
-    with StopRequest() as stop, diagnosing(config, source, mesh, workdir):
-      try:
-        for step, batch in zip(range(first + 1, last + 1), feed, strict=False):
-          with jax.transfer_guard("disallow"):
-            state, metrics = advance(state, batch)
-          report.push(step, metrics)
-          if due(config.train.checkpoint_every, step):
-            outputs.save(step, state)
-          stop.check()
-          if due(config.train.sample_every, step):
-            outputs.show(step, state)
-          if due(config.train.evaluate_every, step):
-            outputs.measure(step, state, stop)
-        outputs.save(last, state)
-        checkpoints.wait()
-        outputs.show(last, state)
-        outputs.measure(last, state, stop)
-      except StoppedError:
-        outputs.save(int(state.step), state)
-        outputs.leave(int(state.step), stop)
-    outputs.announce_end(last)
-
-
-@dataclasses.dataclass(frozen=True)
-class Outputs:
-  """What a run leaves behind at a step; the clock of its report stands still meanwhile.
-
-  Attributes:
-    config, workdir: of the run.
-    checkpoints, report: where states and metrics go.
-    generator, evaluator: of the grids and of the figures, if any.
-    shown: the item of the checkpoint whose parameters make the grids.
-  """
-
-  config: ConfigDict
-  workdir: pathlib.Path
-  checkpoints: Checkpoints
-  report: Report
-  generator: Generator
-  evaluator: Evaluator | None
-  shown: str
-
-  def save(self, step: int, state: TrainState) -> None:
-    """Starts to write a checkpoint, of a state that is known to be finite."""
-    with self.report.paused():
-      self.checkpoints.save(step, to_items(state), self.config.to_dict())
-
-  def show(self, step: int, state: TrainState) -> None:
-    """Writes a grid of images."""
-    with self.report.paused():
-      params = to_items(state)[self.shown]
-      images, labels = sample.draw(self.generator, params, self.config.sample.count)
-      if jax.process_index() == 0:
-        picture = grid(images, labels)
-        save_png(self.grid_path(step), picture)
-        self.report.writer.write_images(step, {"samples": picture[None]})
-
-  def measure(self, step: int, state: TrainState, stop: StopRequest) -> None:
-    """Computes and stores the figures, unless `stop` is granted meanwhile."""
-    if self.evaluator is None:
-      return
-    with self.report.paused():
-      items = to_items(state)
-      found = self.evaluator(items, check=stop.check)
-      figures = self.evaluator.tagged(found)
-      if jax.process_index() == 0:
-        guidance = self.config.method.guidance
-        rows = evaluate.rows_of(self.config, step, self.evaluator, found, guidance.to_dict())
-        evaluate.write_rows(evaluate.figures_path(self.workdir, step), rows)
-        evaluate.plot_history(self.workdir, rows)
-      self.report.writer.write_scalars(step, figures)
-      if self.config.evaluate.best:
-        self.keep_if_best(step, items, figures)
-
-  def keep_if_best(self, step: int, items: dict[str, PyTree], figures: dict[str, float]) -> None:
-    """Keeps the parameters of a step whose figure is the best of all until now."""
-    name = self.config.evaluate.best
-    if not evaluate.is_best(self.workdir, name, figures[name]):
-      return
-    params = {name: tree for name, tree in items.items() if name != "opt_state"}
-    with build.best_checkpoint(self.config, self.workdir, read_only=False) as best:
-      best.drop_from(
-        step
-      )  # of a run that went on from an earlier step, or asked for another figure
-      best.save(step, params, self.config.to_dict())
-    if jax.process_index() == 0:
-      evaluate.note_best(self.workdir, step, name, figures[name])
-
-  def leave(self, step: int, stop: StopRequest) -> NoReturn:
-    """Ends the process once the checkpoint is on disk."""
-    self.checkpoints.wait()
-    self.report.writer.flush()
-    if jax.process_index() == 0:
-      print(f"{stop.signal.name}: stopped and saved at step {step}; to resume, run again:")
-      print(f"  python {shlex.join(sys.argv)}", flush=True)
-    raise SystemExit(stop.exit_status)
-
-  def announce_end(self, step: int) -> None:
-    """Says where everything is."""
-    self.report.writer.flush()
-    if jax.process_index() == 0:
-      print(
-        f"done: {step} steps. checkpoints, samples, figures, metrics.jsonl and tensorboard are in "
-        f"{self.workdir}; the final grid is {self.grid_path(step)}"
-      )
-
-  def grid_path(self, step: int) -> pathlib.Path:
-    """Where the grid of a step lies."""
-    return self.workdir / "samples" / f"step_{step:07d}.png"
+  try:
+    for step, batch in zip(range(int(state.step) + 1, last + 1), feed, strict=False):
+      with jax.transfer_guard("disallow"):
+        state, metrics = advance(state, batch)
+      outputs.report.push(step, metrics)
+      if due(config.train.checkpoint_every, step):
+        outputs.save(step, state)
+      stop.check()
+      if due(config.train.sample_every, step):
+        outputs.show(step, state)
+      if due(config.train.evaluate_every, step):
+        outputs.measure(step, state, stop)
+    outputs.save(last, state)
+    outputs.checkpoints.wait()
+    outputs.show(last, state)
+    outputs.measure(last, state, stop)
+  except StoppedError:
+    # A spike of the last moment comes again when the run goes on from the checkpoint before it.
+    with contextlib.suppress(RollBackError):
+      outputs.save(int(state.step), state)
+    outputs.leave(outputs.checkpoints.latest_step(), stop)
+  except RollBackError as error:
+    outputs.report.writer.flush()
+    return error.step, error.position
+  return None
 
 
 def claim(workdir: pathlib.Path) -> None:
@@ -200,7 +134,11 @@ def _is_config(text: str) -> bool:
 
 
 def restore_or_init(
-  config: ConfigDict, train_step: TrainStep, mesh: Mesh, checkpoints: Checkpoints
+  config: ConfigDict,
+  workdir: pathlib.Path,
+  train_step: TrainStep,
+  mesh: Mesh,
+  checkpoints: Checkpoints,
 ) -> TrainState:
   """The newest state on disk, or a new one.
 
@@ -208,7 +146,7 @@ def restore_or_init(
     CheckpointError: there is a checkpoint of another network, or none that is intact.
     UserError: it is beyond the last step.
   """
-  targets = to_items(train_step.abstract_state(mesh))
+  targets = targets_of(workdir, train_step, mesh, checkpoints.latest_step())
   restored = checkpoints.restore(targets, identity=build.identity(config))
   if restored is None:
     return train_step.new_state(mesh)
@@ -217,7 +155,46 @@ def restore_or_init(
     raise build.UserError(
       f"the checkpoint is at step {step}, beyond train.steps {config.train.steps}"
     )
-  return from_items(items, replicate(mesh, np.int32(step)))
+  return state_of(train_step, mesh, step, items)
+
+
+def targets_of(
+  workdir: pathlib.Path, train_step: TrainStep, mesh: Mesh, step: int | None
+) -> dict[str, PyTree]:
+  """What to read of a checkpoint; one that was made without a guard does not hold its memory."""
+  targets = to_items(train_step.abstract_state(mesh))
+  if not (workdir / "checkpoints" / str(step) / "guard").exists():
+    targets.pop("guard", None)
+  return targets
+
+
+def state_of(train_step: TrainStep, mesh: Mesh, step: int, items: dict[str, PyTree]) -> TrainState:
+  """The state of a checkpoint; where it lacks a guard's memory, that begins anew."""
+  state = from_items(items, replicate(mesh, np.int32(step)))
+  if train_step.guard is None or state.guard is not None:
+    return state
+  return state.replace(guard=replicate(mesh, train_step.guard.init()))
+
+
+def roll_back(
+  workdir: pathlib.Path,
+  train_step: TrainStep,
+  mesh: Mesh,
+  checkpoints: Checkpoints,
+  step: int,
+  position: int,
+) -> TrainState:
+  """The state of a checkpoint, with other data ahead; younger checkpoints are deleted.
+
+  Raises:
+    CheckpointError: it is damaged.
+  """
+  targets = targets_of(workdir, train_step, mesh, step)
+  _, items = checkpoints.restore(targets, step=step)
+  checkpoints.drop_from(step + 1)
+  state = state_of(train_step, mesh, step, items)
+  offset = replicate(mesh, np.int32(position - step))
+  return state.replace(guard=state.guard.replace(offset=offset))
 
 
 def host_batches(
@@ -257,7 +234,7 @@ def announce(config: ConfigDict, state: TrainState, mesh: Mesh) -> None:
     )
 
 
-def make_report(config: ConfigDict, workdir: pathlib.Path, first_step: int) -> Report:
+def make_report(config: ConfigDict, workdir: pathlib.Path, first_step: int, watch: Watch) -> Report:
   """The writers of this process (the first one alone writes) behind a report."""
   with build.explaining_mistakes():
     writer = open_writer(workdir, config.to_dict(), first_step, config.train.steps, **config.report)
@@ -266,30 +243,5 @@ def make_report(config: ConfigDict, workdir: pathlib.Path, first_step: int) -> R
     every=config.train.log_every,
     total_steps=config.train.steps,
     batch_size=config.train.batch_size,
+    watch=watch,
   )
-
-
-@contextlib.contextmanager
-def diagnosing(
-  config: ConfigDict, source: Source, mesh: Mesh, workdir: pathlib.Path
-) -> Iterator[None]:
-  """Writes down what reproduces a step that was not finite, and raises.
-
-  The batch and all draws are functions of (seed, step), and the checkpoints before it are good:
-  resuming from the last one leads to the same step.
-  """
-  try:
-    yield
-  except NonFiniteError as error:
-    batch = next(host_batches(config, source, mesh, error.step - 1))
-    folder = workdir / f"nonfinite_step_{error.step:07d}"
-    folder.mkdir(exist_ok=True)
-    np.savez(folder / f"batch_of_process_{jax.process_index()}.npz", **batch)
-    facts = {"step": error.step, "not_finite": error.names, "config": config.to_dict()}
-    facts["metrics"] = {name: str(value) for name, value in error.scalars.items()}
-    (folder / "step.json").write_text(json.dumps(facts, indent=2))
-    error.add_note(
-      f"its batch and metrics are in {folder}; checkpoints written before it are intact, and the "
-      "same command leads from the last one to the same step again"
-    )
-    raise

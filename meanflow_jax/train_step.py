@@ -2,6 +2,8 @@
 
 import dataclasses
 import enum
+import functools
+from collections.abc import Callable
 from typing import no_type_check
 
 import flax.linen as nn
@@ -10,17 +12,19 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
-from meanflow_jax.arrays import Image, Label, PRNGKey, Scalar, VelocityFn
+from meanflow_jax.arrays import Image, Label, PRNGKey, Scalar, Time, VelocityFn
+from meanflow_jax.guard import Guard, GuardState, part_norms
 from meanflow_jax.methods.meanflow import Draws, MeanFlow
 from meanflow_jax.methods.row_groups import RowGroups
+from meanflow_jax.models.autoencoder import sample_latent, scale_latents
 from meanflow_jax.runtime.mesh import abstract, parameter_shardings, replicated, shardings_of
 
 SCHEDULES = ("constant", "cosine")
 
 Batch = dict[str, Array]
-Metrics = dict[str, Scalar]
+Metrics = dict[str, Float[Array, "..."]]  # numbers, and lists of them for a diagnosis
 
 
 class Purpose(enum.IntEnum):
@@ -30,6 +34,7 @@ class Purpose(enum.IntEnum):
   DRAW = 1
   SAMPLE_NOISE = 2
   SAMPLE_LABEL = 3
+  LATENT = 4
 
 
 @no_type_check  # what jax.tree.map puts in an array's place is no array
@@ -41,12 +46,19 @@ class TrainState(flax.struct.PyTreeNode):
     params: of the network, float32.
     ema: their moving averages, by name.
     opt_state: of the optimizer.
+    guard: of the guard against spikes, where there is one.
   """
 
   step: Int[Array, ""]
   params: PyTree
   ema: dict[str, PyTree]
   opt_state: PyTree
+  guard: GuardState | None = None
+
+  @property
+  def position(self) -> Int[Array, ""]:
+    """The number of the next batch and of its draws: the step, but for what a guard passed over."""
+    return self.step if self.guard is None else self.step + self.guard.offset
 
 
 def item_name(decay: float) -> str:
@@ -57,13 +69,20 @@ def item_name(decay: float) -> str:
 def to_items(state: TrainState) -> dict[str, PyTree]:
   """A state as a checkpoint's items, so that any of them restores alone."""
   averages = {f"ema_{decay}": params for decay, params in state.ema.items()}
-  return {"params": state.params, "opt_state": state.opt_state, **averages}
+  guard = {} if state.guard is None else {"guard": state.guard}
+  return {"params": state.params, "opt_state": state.opt_state, **averages, **guard}
 
 
 def from_items(items: dict[str, PyTree], step: Int[Array, ""]) -> TrainState:
   """Undoes `to_items`."""
   averages = {k.removeprefix("ema_"): v for k, v in items.items() if k.startswith("ema_")}
-  return TrainState(step=step, params=items["params"], ema=averages, opt_state=items["opt_state"])
+  return TrainState(
+    step=step,
+    params=items["params"],
+    ema=averages,
+    opt_state=items["opt_state"],
+    guard=items.get("guard"),
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +139,18 @@ def model_image(image: Array) -> Image:
   return image / 127.5 - 1 if image.dtype == jnp.uint8 else image.astype(jnp.float32)
 
 
+def pixel_inputs(key: PRNGKey, image: Array) -> Image:
+  """What a model of pixels sees of a batch's images."""
+  del key
+  return model_image(image)
+
+
+def latent_inputs(key: PRNGKey, moments: Array) -> Image:
+  """What a model of latents sees: a draw of them, from their mean and std side by side."""
+  mean, std = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+  return scale_latents(sample_latent(key, mean, std))
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainStep:
   """One optimizer step: a pure function of state and batch, to be jitted.
@@ -127,22 +158,26 @@ class TrainStep:
   Attributes:
     network: the Flax module of the average velocity.
     image_shape: [H, W, C] of what it sees.
+    inputs: what it sees of a batch's "image", given a key that is new at each step.
     method: draws and objective.
     optimizer: gradient transformation.
     learning_rate: its schedule, for the metrics.
     averages: the EMAs.
     accumulate: microbatches per step; each has 1 / accumulate of the batch's row groups.
     seed: of all draws.
+    guard: against loss spikes, if any.
   """
 
   network: nn.Module
   image_shape: tuple[int, ...]
+  inputs: Callable[[PRNGKey, Array], Image]
   method: MeanFlow
   optimizer: optax.GradientTransformation
   learning_rate: optax.Schedule
   averages: Averages
   accumulate: int
   seed: int
+  guard: Guard | None = None
 
   def init(self) -> TrainState:
     """The state before the first step."""
@@ -152,13 +187,23 @@ class TrainStep:
       params=params,
       ema=self.averages.init(params),
       opt_state=self.optimizer.init(params),
+      guard=self.guard and self.guard.init(),
     )
 
-  def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-    """Takes one step; the metrics belong to the parameters before it."""
-    x, y = model_image(batch["image"]), batch["label"]
-    draws = self.method.draw(stream(self.seed, Purpose.DRAW, state.step), x, y)
-    (loss, metrics), grads = self._gradient(state.params, x, y, draws)
+  def __call__(
+    self, state: TrainState, batch: Batch, constrain: Callable[[PyTree], PyTree] = lambda x: x
+  ) -> tuple[TrainState, Metrics]:
+    """Takes one step; the metrics belong to the parameters before it.
+
+    Args:
+      state: the state before it.
+      batch: images and labels.
+      constrain: fixes the sharding of gradients.
+    """
+    key = stream(self.seed, Purpose.LATENT, state.position)
+    x, y = self.inputs(key, batch["image"]), batch["label"]
+    draws = self.method.draw(stream(self.seed, Purpose.DRAW, state.position), x, y)
+    (loss, metrics), grads = self._gradient(state.params, x, y, draws, constrain)
     updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics |= {
@@ -167,13 +212,42 @@ class TrainStep:
       "parameter_norm": optax.tree.norm(state.params),
       "learning_rate": jnp.asarray(self.learning_rate(state.step)),
     }
-    state = TrainState(
+    new = TrainState(
       step=state.step + 1,
       params=params,
       ema=self.averages.update(state.ema, params, state.step),
       opt_state=opt_state,
     )
-    return state, metrics
+    if self.guard is None:
+      return new, metrics
+    return self._guarded(self.guard, state, new, grads, metrics)
+
+  def _guarded(
+    self, guard: Guard, old: TrainState, new: TrainState, grads: PyTree, metrics: Metrics
+  ) -> tuple[TrainState, Metrics]:
+    """The state after a step that may be a spike, and what a diagnosis asks for."""
+    watched, spike = guard.update(old.guard, metrics["gradient_norm"], metrics["error"])
+    metrics |= {
+      "spike": spike.astype(jnp.float32),
+      "limits": guard.limits(old.guard),
+      "gradient_norms": part_norms(grads),
+    }
+    if guard.action == "skip":
+      keep = lambda old, new: jnp.where(spike, old, new)
+      kept = {name: getattr(new, name) for name in ("params", "ema", "opt_state")}
+      before = {name: getattr(old, name) for name in kept}
+      new = new.replace(**jax.tree.map(keep, before, kept))
+    return new.replace(guard=watched), metrics
+
+  def times(self, position: int, rows: int) -> tuple[Time, Time]:
+    """The times (r, t), each [rows], that the step draws for the batch of that number."""
+
+    def drawn() -> tuple[Time, Time]:
+      x, y = jnp.zeros((rows, *self.image_shape)), jnp.zeros((rows,), jnp.int32)
+      draws = self.method.draw(stream(self.seed, Purpose.DRAW, position), x, y)
+      return draws.r, draws.t
+
+    return jax.jit(drawn)()  # which draws no noise
 
   def abstract_state(self, mesh: Mesh) -> TrainState:
     """The shapes of a state, and where on a mesh each array lies."""
@@ -186,18 +260,28 @@ class TrainStep:
 
   def jitted(self, mesh: Mesh) -> jax.stages.Wrapped:
     """The step on a mesh; the state it is given is donated."""
-    shardings = shardings_of(self.abstract_state(mesh)), replicated(mesh)
-    return jax.jit(self, donate_argnums=0, out_shardings=shardings)
+    shardings = shardings_of(self.abstract_state(mesh))
+    constrain = lambda grads: jax.lax.with_sharding_constraint(grads, shardings.params)
+    step = functools.partial(self, constrain=constrain)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
 
   def _gradient(
-    self, params: PyTree, x: Image, y: Label, draws: Draws
+    self,
+    params: PyTree,
+    x: Image,
+    y: Label,
+    draws: Draws,
+    constrain: Callable[[PyTree], PyTree],
   ) -> tuple[tuple[Scalar, Metrics], PyTree]:
     """Loss, metrics and gradient, averaged over the microbatches."""
 
     def loss(params: PyTree, x: Image, y: Label, draws: Draws) -> tuple[Scalar, Metrics]:
       return self.method.objective(velocity_fn(self.network, params), x, y, draws)
 
-    gradient = jax.value_and_grad(loss, has_aux=True)
+    def gradient(*args: PyTree) -> tuple[tuple[Scalar, Metrics], PyTree]:
+      value, grads = jax.value_and_grad(loss, has_aux=True)(*args)
+      return value, constrain(grads)
+
     if self.accumulate == 1:
       return gradient(params, x, y, draws)
 

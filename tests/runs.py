@@ -142,13 +142,18 @@ def start_together(
   workdir: pathlib.Path, count: int, *flags: str, changes: dict[str, Any] | None = None
 ) -> list[subprocess.Popen[str]]:
   """The same tiny run by several processes, of one device each."""
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    address = f"localhost:{free.getsockname()[1]}"
+  address = free_address()
   return [
     start(workdir, *flags, changes=changes, variables=variables_of(address, count, index))
     for index in range(count)
   ]
+
+
+def free_address() -> str:
+  """Where a coordinator may listen."""
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    return f"localhost:{free.getsockname()[1]}"
 
 
 def variables_of(address: str, count: int, index: int) -> dict[str, str]:

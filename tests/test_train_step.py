@@ -23,6 +23,7 @@ from meanflow_jax.train_step import (
   TrainStep,
   make_optimizer,
   model_image,
+  pixel_inputs,
   stream,
   velocity_fn,
 )
@@ -162,6 +163,7 @@ def affine_step(**changes: Any) -> TrainStep:
   settings = {
     "network": Affine(),
     "image_shape": (8, 8, 1),
+    "inputs": pixel_inputs,
     "method": meanflow(equal_fraction=0.5, guidance=guidance, dropout=0.2, null_label=10),
     "optimizer": optax.adam(rate),
     "learning_rate": lambda step: rate + 0 * step,

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 import grain
 import numpy as np
 
-from meanflow_jax.data.sources import Source
-from meanflow_jax.data.transforms import Example, flip_horizontally
+from meanflow_jax.data.sources import Mirroring, Source
+from meanflow_jax.data.transforms import Example, mirror
 
 Batch = dict[str, np.ndarray]
 """Stacked examples: "image" [b, H, W, C] and "label" [b] int32."""
@@ -46,26 +46,44 @@ def batches(
   """
   if not rows or min(rows) < 0 or max(rows) >= batch_size:
     raise ValueError(f"rows must be some of 0 ... {batch_size - 1}, not {rows}")
-  elements = _checked(source).seed(seed).shuffle().repeat()
+  checked = _Checked(source)
+  indices = grain.MapDataset.source(range(len(source))).seed(seed).shuffle().repeat()
   if flip:
-    elements = elements.random_map(flip_horizontally)
+    elements = indices.random_map(_tossed).map(lambda tossed: checked.read(*tossed))
+  else:
+    elements = indices.map(checked.read)
   steps = _Rows(elements, batch_size, rows).batch(len(rows), drop_remainder=True)
   options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
   return iter(steps[first_step:].to_iter_dataset(options))
 
 
+def _tossed(index: int, rng: np.random.Generator) -> tuple[int, bool]:
+  """An item, and whether it is mirrored: of half of them (a Grain random map)."""
+  return index, rng.random() >= 0.5
+
+
 def ordered_batches(
-  source: Source, *, batch_size: int, rows: Sequence[int], num_threads: int, prefetch: int
+  source: Source,
+  *,
+  batch_size: int,
+  rows: Sequence[int],
+  num_threads: int,
+  prefetch: int,
+  workers: int = 0,
 ) -> Iterator[Batch]:
   """This host's rows of batches that hold every example once, in the order of the source.
 
   What the last batch lacks is filled from the start of the source. Arguments and errors are those
-  of `batches`.
+  of `batches`; with `workers`, as many processes read, each with its own threads.
   """
   steps = -(-len(source) // batch_size)
-  elements = _Rows(_checked(source).repeat(), batch_size, rows)
+  indices = grain.MapDataset.source(range(len(source))).repeat()
+  elements = _Rows(indices.map(_Checked(source).read), batch_size, rows)
   options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
-  return iter(elements.batch(len(rows), drop_remainder=True)[:steps].to_iter_dataset(options))
+  found = elements.batch(len(rows), drop_remainder=True)[:steps].to_iter_dataset(options)
+  if workers:
+    found = found.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+  return iter(found)
 
 
 class _Rows(grain.MapDataset[Example]):
@@ -83,27 +101,24 @@ class _Rows(grain.MapDataset[Example]):
     return self._parent[step * self._batch_size + self._rows[row]]
 
 
-def _checked(source: Source) -> grain.MapDataset[Example]:
-  if not len(source):
-    raise ValueError(f"{type(source).__name__} holds no examples")
-  return grain.MapDataset.source(_Checked(source))
-
-
 class _Checked:
   """A source whose errors name the item, and whose labels are classes.
 
   An embedding looks up any label without complaint: a wrong one would train in silence.
+
+  Raises:
+    ValueError: if the source is empty.
   """
 
   def __init__(self, source: Source):
+    if not len(source):
+      raise ValueError(f"{type(source).__name__} holds no examples")
     self._source = source
 
-  def __len__(self) -> int:
-    return len(self._source)
-
-  def __getitem__(self, index: int) -> Example:
+  def read(self, index: int, mirrored: bool = False) -> Example:
+    """An item; where the source has none of its own, its mirror image is made of its pixels."""
     try:
-      example = self._source[index]
+      example = self._read(index, mirrored)
     except Exception as error:
       error.add_note(f"while reading item {index} of {type(self._source).__name__}")
       raise
@@ -113,3 +128,10 @@ class _Checked:
         f"outside [0, {self._source.num_classes})"
       )
     return example
+
+  def _read(self, index: int, mirrored: bool) -> Example:
+    if not mirrored:
+      return self._source[index]
+    if isinstance(self._source, Mirroring):
+      return self._source.mirrored(index)
+    return mirror(self._source[index])

@@ -1,5 +1,6 @@
 """Where images come from: random access to examples behind one small interface."""
 
+import copy
 import io
 import logging
 import os
@@ -22,8 +23,9 @@ _EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif
 class Source(Protocol):
   """Random access to examples, from any number of threads at once.
 
-  Items are {"image": [H, W, C] uint8, or float32 in [-1, 1]; "label": int32 scalar}: one shape for
-  all images, labels in [0, num_classes), arrays that nobody writes to.
+  Items are {"image": [H, W, C] uint8, float32 in [-1, 1], or moments of latents (`data.latents`);
+  "label": int32 scalar}: one shape for all images, labels in [0, num_classes), arrays that nobody
+  writes to.
   """
 
   num_classes: int
@@ -31,6 +33,15 @@ class Source(Protocol):
   def __len__(self) -> int: ...
 
   def __getitem__(self, index: int) -> Example: ...
+
+
+@runtime_checkable
+class Mirroring(Protocol):
+  """A source whose mirrored items are not the mirror images of its arrays."""
+
+  def mirrored(self, index: int) -> Example:
+    """The item of the mirrored image."""
+    ...
 
 
 class Digits:
@@ -72,6 +83,10 @@ class Tfds:
     image_size: height and width of the centre crop, in pixels.
     channels: 1 (grey) or 3 (RGB).
 
+  Attributes:
+    class_names: in the order of their labels; empty without labels.
+    num_classes: their number; 1 without labels.
+
   Raises:
     FileNotFoundError: the dataset is not prepared there for random access.
     ValueError: it has no such split, no image, or a label that is not a class.
@@ -91,6 +106,7 @@ class Tfds:
     if self._has_labels and not isinstance(features["label"], tfds.features.ClassLabel):
       raise ValueError(f"the label of {name} is not a class but {features['label']}")
     self.num_classes = features["label"].num_classes if self._has_labels else 1
+    self.class_names = list(features["label"].names) if self._has_labels else []
     # TFDS would decode with OpenCV where that is installed, and hand out CMYK as it is.
     self._records.decoders = {"image": tfds.decode.SkipDecoding()}
     self._image_size, self._channels = image_size, channels
@@ -172,6 +188,12 @@ class Folder:
       except UnreadableImageError as error:
         self._warn_once(error)
     raise UnreadableImageError(f"none of the {len(self)} images in {self._path} can be read")
+
+  def without_substitutes(self) -> "Folder":
+    """The same images, where a broken one is always an error."""
+    strict = copy.copy(self)
+    strict._skip_unreadable = False
+    return strict
 
   def _read(self, index: int) -> Example:
     try:

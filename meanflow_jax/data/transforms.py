@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 Example = dict[str, Any]
-"""One item: "image" [H, W, C], uint8 or float32 in [-1, 1], and "label", an int32 scalar."""
+"""One item: "image" [H, W, C], see `data.sources.Source`, and "label", an int32 scalar."""
 
 _MODES = {1: "L", 3: "RGB"}
 
@@ -59,8 +59,6 @@ def square(image: Image.Image, *, size: int, channels: int) -> np.ndarray:
   return to_array(center_crop(convert(image, channels), size), channels)
 
 
-def flip_horizontally(example: Example, rng: np.random.Generator) -> Example:
-  """Mirrors the image, left to right, with probability one half (a Grain random map)."""
-  if rng.random() < 0.5:
-    return example
+def mirror(example: Example) -> Example:
+  """The example with its image mirrored, left to right."""
   return {**example, "image": example["image"][:, ::-1]}

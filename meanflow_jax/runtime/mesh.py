@@ -1,28 +1,79 @@
 """The device mesh, and the one rule by which arrays are spread over it."""
 
+import itertools
+import logging
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
 DATA, FSDP = "data", "fsdp"
 ROWS = PartitionSpec((DATA, FSDP))
+SMALL = 8  # an array this many times smaller than the largest is whole on every device
+
+_log = logging.getLogger(__name__)
 
 
 def make_mesh(data: int, fsdp: int, devices: list[jax.Device] | None = None) -> Mesh:
   """A mesh of data x fsdp devices; data = -1 takes all that fsdp leaves.
 
+  Each parameter is gathered over fsdp several times a step and summed over data once, so fsdp lies
+  inside islands of fast links (a TPU slice, a GPU node), and data across them.
+
   Raises:
-    ValueError: if the axes do not multiply to the number of devices.
+    ValueError: if the axes do not multiply to the number of devices, or fsdp neither divides an
+      island nor is made of whole ones.
   """
-  count = len(devices or jax.devices())
-  size = count // fsdp if data == -1 and fsdp > 0 else data
-  if size < 1 or fsdp < 1 or size * fsdp != count:
-    raise ValueError(f"mesh.data {data} x mesh.fsdp {fsdp} does not match {count} devices")
-  auto = (AxisType.Auto,) * 2
-  return jax.make_mesh((size, fsdp), (DATA, FSDP), axis_types=auto, devices=devices)
+  devices = list(devices or jax.devices())
+  size = len(devices) // fsdp if data == -1 and fsdp > 0 else data
+  if size < 1 or fsdp < 1 or size * fsdp != len(devices):
+    raise ValueError(f"mesh.data {data} x mesh.fsdp {fsdp} does not match {len(devices)} devices")
+  return Mesh(device_grid(fsdp, devices), (DATA, FSDP), axis_types=(AxisType.Auto,) * 2)
+
+
+def device_grid(fsdp: int, devices: list[Any]) -> np.ndarray:
+  """Devices [data, fsdp], in each row neighbours on the fastest links that there are.
+
+  An fsdp larger than an island works, at the speed of the links between islands, and is warned of.
+
+  Raises:
+    ValueError: if fsdp neither divides an island nor is made of whole ones.
+  """
+  ordered = sorted(devices, key=_island)
+  islands = [list(group) for _, group in itertools.groupby(ordered, key=_island)]
+  if all(len(island) % fsdp == 0 for island in islands):
+    return np.concatenate([_island_grid(island, fsdp) for island in islands])
+  sizes = sorted({len(island) for island in islands})
+  if len(sizes) > 1 or fsdp % sizes[0]:
+    raise ValueError(
+      f"mesh.fsdp {fsdp} does not fit islands (TPU slices, GPU nodes) of {sizes} devices: set it "
+      "to a divisor of them"
+    )
+  _log.warning(
+    "mesh.fsdp %d is larger than an island (TPU slice, GPU node) of %d devices: parameters are "
+    "gathered over the slow links between them; mesh.fsdp=%d would keep to the fast ones",
+    *(fsdp, sizes[0], sizes[0]),
+  )
+  rows = [_island_grid(island, sizes[0]) for island in islands]
+  return np.concatenate(rows).reshape(-1, fsdp)
+
+
+def _island(device: Any) -> int:
+  """Which devices share fast links: those of a TPU slice, or of a GPU node (of a process, if the
+  platform does not know slices)."""
+  own = 0 if device.platform == "tpu" else device.process_index
+  index = getattr(device, "slice_index", None)
+  return own if index is None else index
+
+
+def _island_grid(island: list[Any], fsdp: int) -> np.ndarray:
+  """One island's devices [data, fsdp], in the order of the TPU's torus."""
+  shape = len(island) // fsdp, fsdp
+  return mesh_utils.create_device_mesh(shape, island, allow_split_physical_axes=True)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -48,18 +99,24 @@ def constrain_rows(mesh: Mesh) -> Callable[[Array], Array]:
 
 
 def parameter_shardings(mesh: Mesh, shapes: PyTree) -> PyTree:
-  """The rule: the largest axis that fsdp divides is spread over fsdp, all else is replicated.
+  """The rule: the larger of an array's last two axes is spread over fsdp, small arrays are not.
+
+  These two are a layer's inputs and outputs, if fsdp divides them. The axes before them stay
+  whole: a scan gathers one layer at a time, which it could not if its layers lay on different
+  devices. Small arrays (biases, embedders, labels, what is not in the layers) would cost a
+  collective each, and save next to nothing.
 
   Optimizer states and averages have their parameters' shapes, and so their shardings.
   """
   size = mesh.shape[FSDP]
+  largest = max((leaf.size for leaf in jax.tree.leaves(shapes)), default=0)
 
   def sharding(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
-    divisible = [axis for axis, length in enumerate(leaf.shape) if length % size == 0]
-    if size == 1 or leaf.ndim < 2 or not divisible:
+    axes = [axis for axis in range(leaf.ndim)[-2:] if leaf.shape[axis] % size == 0]
+    if size == 1 or leaf.ndim < 2 or not axes or leaf.size * SMALL < largest:
       return replicated(mesh)
-    largest = max(divisible, key=lambda axis: (leaf.shape[axis], axis))
-    return NamedSharding(mesh, PartitionSpec(*[None] * largest, FSDP))
+    widest = max(axes, key=lambda axis: (leaf.shape[axis], axis))
+    return NamedSharding(mesh, PartitionSpec(*[None] * widest, FSDP))
 
   return jax.tree.map(sharding, shapes)
 

@@ -7,7 +7,7 @@ import os
 import pathlib
 import secrets
 import time
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -16,6 +16,8 @@ import tensorboardX
 from jaxtyping import Array
 
 Scalars = Mapping[str, float]
+# Sees a step's numbers and lists of numbers; says whether it makes up for what is not finite.
+Watch = Callable[[int, Scalars, Mapping[str, np.ndarray]], bool]
 
 
 @runtime_checkable
@@ -230,6 +232,12 @@ class NonFiniteError(RuntimeError):
     super().__init__(f"step {step}: {', '.join(self.names)} not finite")
 
 
+def unwatched(step: int, scalars: Scalars, lists: Mapping[str, np.ndarray]) -> bool:
+  """Sees nothing, and makes up for nothing."""
+  del step, scalars, lists
+  return False
+
+
 class Report:
   """Reads each step's metrics while the next step runs, and writes some of them.
 
@@ -238,6 +246,8 @@ class Report:
     every: steps between two written ones.
     total_steps: of the run, for the time that is left.
     batch_size: images per step, for the speed.
+    watch: sees every step, and alone sees what is no single number; what it raises, `push`,
+      `settle` and `paused` raise.
   """
 
   def __init__(
@@ -247,11 +257,12 @@ class Report:
     every: int,
     total_steps: int,
     batch_size: int,
+    watch: Watch = unwatched,
   ):
     self.writer, self._every = writer, every
     # Steps that queue up on several simulated CPU devices deadlock.
     self._one_by_one = jax.default_backend() == "cpu" and jax.device_count() > 1
-    self._total_steps, self._batch_size = total_steps, batch_size
+    self._total_steps, self._batch_size, self._watch = total_steps, batch_size, watch
     self._pending: tuple[int, Mapping[str, Array]] | None = None
     # Of the step from which the speed counts: not the first, which waits for the compiler.
     self._since: tuple[int, float] | None = None
@@ -267,17 +278,21 @@ class Report:
     """Waits for the last step's metrics; after this the state is known to be good.
 
     Raises:
-      NonFiniteError: if one is NaN or infinite.
+      NonFiniteError: if one is NaN or infinite, and `watch` does not make up for it.
     """
     if self._pending is None:
       return
     step, metrics = self._pending
     self._pending = None
-    scalars = {name: float(value) for name, value in sorted(jax.device_get(metrics).items())}
-    if not all(map(math.isfinite, scalars.values())):
+    values = dict(sorted(jax.device_get(metrics).items()))
+    scalars = {name: float(value) for name, value in values.items() if np.ndim(value) == 0}
+    lists = {name: value for name, value in values.items() if np.ndim(value) > 0}
+    harmless = self._watch(step, scalars, lists)
+    finite = {name: value for name, value in scalars.items() if math.isfinite(value)}
+    if finite != scalars and not harmless:
       raise NonFiniteError(step, scalars)
     if step % self._every == 0 or step == self._total_steps:
-      self.writer.write_scalars(step, scalars | self._speed(step))
+      self.writer.write_scalars(step, finite | self._speed(step))
     elif self._since is None:
       self._speed(step)
 
