@@ -1,5 +1,6 @@
 """Every test runs with eight simulated devices, and where ranks are promoted silently it fails."""
 
+import importlib.util
 import os
 from collections.abc import Iterator
 
@@ -11,6 +12,12 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+  """Without their compiler, tests of what is compiled for TPUs are left out."""
+  if item.get_closest_marker("tpu") and importlib.util.find_spec("libtpu") is None:
+    pytest.skip("libtpu is not installed (extra tpu)")
 
 
 @pytest.fixture(scope="session", autouse=True)
