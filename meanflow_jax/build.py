@@ -2,13 +2,11 @@
 
 import contextlib
 import pathlib
-from collections.abc import Collection, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
@@ -28,13 +26,11 @@ from meanflow_jax.models import autoencoder
 from meanflow_jax.models.autoencoder import Autoencoder
 from meanflow_jax.models.dit import DiT
 from meanflow_jax.runtime import pretrained
-from meanflow_jax.runtime.checkpoints import CheckpointError, Checkpoints
+from meanflow_jax.runtime.checkpoints import CheckpointError
 from meanflow_jax.runtime.mesh import (
   FSDP,
-  abstract,
   constrain_rows,
   make_mesh,
-  parameter_shardings,
   replicate,
   rows_sharding,
 )
@@ -42,8 +38,6 @@ from meanflow_jax.runtime.pretrained import Origin
 from meanflow_jax.train_step import (
   Averages,
   TrainStep,
-  init_params,
-  item_name,
   latent_inputs,
   make_optimizer,
   pixel_inputs,
@@ -419,90 +413,3 @@ def sample_generator(
   omega = config.sample.guidance.omega
   made = decoder(config, mesh)
   return generator(config, network, method, mesh, made, grid=grid(config), omega=omega)
-
-
-def ema_item(config: ConfigDict, ema: float) -> str:
-  """Under which name a checkpoint holds an average; 0 stands for the parameters themselves.
-
-  Raises:
-    ValueError: if there is no such average.
-  """
-  if ema and ema not in config.ema.decays:
-    raise ValueError(
-      f"there is no average {ema} (sample.ema, evaluate.ema) among ema.decays "
-      f"{tuple(config.ema.decays)}; 0 takes the parameters themselves"
-    )
-  return item_name(ema)
-
-
-def identity(config: ConfigDict) -> dict[str, dict[str, object]]:
-  """The keys that shape the parameters: a checkpoint must agree with them."""
-  model = config.model.to_dict()
-  for free in ("dtype", "scan", "remat"):
-    del model[free]
-  data = {key: config.data[key] for key in ("image_size", "channels", "num_classes")}
-  return {"model": model, "data": data}
-
-
-def checkpoints(config: ConfigDict, workdir: pathlib.Path, *, read_only: bool) -> Checkpoints:
-  """The checkpoints of a workdir.
-
-  Raises:
-    ValueError: if none would be kept.
-  """
-  settings = config.checkpoint
-  if settings.keep_latest < 1 or settings.keep_every < 0:
-    raise ValueError(
-      "checkpoint.keep_latest must be at least 1 and checkpoint.keep_every 0 or more, "
-      f"got {settings.keep_latest} and {settings.keep_every}"
-    )
-  return Checkpoints(
-    _storage(config, workdir) / "checkpoints",
-    keep_latest=settings.keep_latest,
-    keep_every=settings.keep_every or None,
-    read_only=read_only,
-  )
-
-
-def best_checkpoint(config: ConfigDict, workdir: pathlib.Path, *, read_only: bool) -> Checkpoints:
-  """The parameters that were the best by `config.evaluate.best`, and no others."""
-  folder = _storage(config, workdir) / "best"
-  return Checkpoints(folder, keep_latest=1, keep_every=None, read_only=read_only)
-
-
-def _storage(config: ConfigDict, workdir: pathlib.Path) -> epath.Path:
-  return epath.Path(config.checkpoint.path or workdir).expanduser()
-
-
-def trained_params(
-  config: ConfigDict, workdir: pathlib.Path, network: nn.Module, mesh: Mesh, items: Collection[str]
-) -> tuple[int, dict[str, PyTree], dict[str, Any]]:
-  """The step of `config.sample.checkpoint`, its parameters by item, and the config it is of.
-
-  The parameters are spread by fsdp.
-
-  Raises:
-    FileNotFoundError: there is no checkpoint.
-    CheckpointError: there is one of another network, or a damaged one alone.
-    ValueError: `sample.checkpoint` is neither newest nor best nor a step.
-  """
-  which = config.sample.checkpoint
-  if which not in ("newest", "best") and not which.isdecimal():
-    raise ValueError(f"sample.checkpoint must be newest, best or a step, got {which!r}")
-  folder = _storage(config, workdir) / ("best" if which == "best" else "checkpoints")
-  shapes = jax.eval_shape(lambda: init_params(network, config.seed, image_shape(config)))
-  target = abstract(shapes, parameter_shardings(mesh, shapes))
-  restored = None
-  if folder.is_dir():
-    best = which == "best"
-    opened = best_checkpoint(config, workdir, read_only=True) if best else None
-    with opened or checkpoints(config, workdir, read_only=True) as saved:
-      restored = saved.restore(
-        dict.fromkeys(items, target),
-        step=int(which) if which.isdecimal() else None,
-        identity=identity(config),
-      )
-      saved_config = saved.config(restored[0]) if restored else {}
-  if restored is None:
-    raise FileNotFoundError(f"no checkpoint in {folder}: train first")
-  return *restored, saved_config

@@ -37,7 +37,7 @@ import numpy as np
 from absl import app, flags
 from ml_collections import ConfigDict
 
-from meanflow_jax import build, command_line
+from meanflow_jax import build, command_line, storage
 from meanflow_jax.export import PLATFORMS, export_generator
 from meanflow_jax.models import dit_layouts
 from meanflow_jax.models.torch_layout import Params, Tensors
@@ -87,7 +87,7 @@ def read(
   items = {item: jax.device_put(params[name], shardings.params) for item, name in chosen.items()}
   start = jax.jit(train_step.optimizer.init, out_shardings=shardings.opt_state)
   items["opt_state"] = start(items["params"])
-  with build.checkpoints(config, workdir, read_only=False) as checkpoints:
+  with storage.checkpoints(config, workdir, read_only=False) as checkpoints:
     checkpoints.save(found.step, items, config.to_dict())
   print(f"checkpoint {found.step} in {folder}, with a new optimizer, from {path}:")
   print(_report(found, chosen))
@@ -101,9 +101,9 @@ def write(config: ConfigDict, workdir: pathlib.Path, path: pathlib.Path) -> None
     FileNotFoundError: there is no checkpoint, or no folder for the file.
     CheckpointError: there is a checkpoint of another network, or a damaged one alone.
   """
-  mesh, item = build.mesh(config), build.ema_item(config, config.sample.ema)
+  mesh, item = build.mesh(config), storage.ema_item(config, config.sample.ema)
   network = build.network(config, mesh)
-  step, items, _ = build.trained_params(config, workdir, network, mesh, {item})
+  step, items, _ = storage.trained_params(config, workdir, network, mesh, {item})
   tensors = {name: np.asarray(x) for name, x in dit_layouts.to_paths(items[item]).items()}
   header = {"config": json.dumps(config.to_dict()), "step": str(step), "average": item}
   weights.write_safetensors(path, tensors, header)
@@ -123,8 +123,8 @@ def write_generator(
   mesh, method = build.mesh(config), build.method(config)
   network = build.network(config, mesh)
   generator = build.sample_generator(config, network, method, mesh)
-  item = build.ema_item(config, config.sample.ema)
-  step, items, _ = build.trained_params(config, workdir, network, mesh, {item})
+  item = storage.ema_item(config, config.sample.ema)
+  step, items, _ = storage.trained_params(config, workdir, network, mesh, {item})
   record = {"step": step, "average": item, "config": config.to_dict()}
   export_generator(folder, generator, items[item], platforms=platforms, record=record)
   print(f"{item} of step {step}, {generator.nfe} NFE, for {', '.join(platforms)}: {folder}")
@@ -155,7 +155,7 @@ def _load(config: ConfigDict, path: pathlib.Path, layout: str, key: str | None) 
   tensors, header = weights.read_safetensors(path)
   if not {"config", "step", "average"} <= header.keys():
     raise ValueError(f"{path} was not written by --write: its header has only {sorted(header)}")
-  _check_identity(path, json.loads(header["config"]), build.identity(config))
+  _check_identity(path, json.loads(header["config"]), storage.identity(config))
   return Weights(int(header["step"]), {header["average"]: tensors})
 
 

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from meanflow_jax import build, stream
+from meanflow_jax import build, storage, stream
 from meanflow_jax.data.sources import Source, made_elsewhere
 from meanflow_jax.evaluator import Comparison, Evaluator, Figures, Reference, Setting
 from meanflow_jax.features import Extractor
@@ -67,7 +67,7 @@ def make_evaluator(
     for nfe, ema, omega in itertools.product(settings.nfe, emas, omegas)
   }
   for ema in emas:
-    build.ema_item(config, ema)
+    storage.ema_item(config, ema)
   shape = next(iter(generators.values())).output_shape
   comparison = make_comparison(config, mesh, shape, source)
   for figure, least in (("inception_score", 10), ("precision_recall", 4)):
@@ -292,7 +292,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     evaluator = make_evaluator(config, network, method, mesh, lambda: build.source(config))
     if evaluator is None:
       raise ValueError("evaluate.count is 0: there is nothing to evaluate")
-    step, items, trained = build.trained_params(config, workdir, network, mesh, evaluator.items)
+    step, items, trained = storage.trained_params(config, workdir, network, mesh, evaluator.items)
     guidance = trained["method"]["guidance"]
     resumable = functools.partial(_resumable, config, workdir, step, evaluator, items)
     rows = rows_of(config, step, evaluator, evaluator(items, resumable), guidance)

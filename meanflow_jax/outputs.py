@@ -10,7 +10,7 @@ import jax
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from meanflow_jax import build, evaluate, sample
+from meanflow_jax import evaluate, sample, storage
 from meanflow_jax.evaluate import Evaluator
 from meanflow_jax.generate import Generator
 from meanflow_jax.runtime.checkpoints import Checkpoints
@@ -77,7 +77,7 @@ class Outputs:
     if not evaluate.is_best(self.workdir, name, figures[name]):
       return
     params = {name: tree for name, tree in items.items() if name not in ("opt_state", "guard")}
-    with build.best_checkpoint(self.config, self.workdir, read_only=False) as best:
+    with storage.best_checkpoint(self.config, self.workdir, read_only=False) as best:
       best.drop_from(
         step
       )  # of a run that went on from an earlier step, or asked for another figure

@@ -8,7 +8,7 @@ import tqdm
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from meanflow_jax import build
+from meanflow_jax import build, storage
 from meanflow_jax.generate import Generator
 from meanflow_jax.runtime.images import grid, save_npz, save_png
 
@@ -31,8 +31,8 @@ def run(config: ConfigDict, workdir: pathlib.Path, out: pathlib.Path) -> None:
     method = build.method(config)
     network = build.network(config, mesh)
     generator = build.sample_generator(config, network, method, mesh)
-    item = build.ema_item(config, config.sample.ema)
-    step, items, _ = build.trained_params(config, workdir, network, mesh, {item})
+    item = storage.ema_item(config, config.sample.ema)
+    step, items, _ = storage.trained_params(config, workdir, network, mesh, {item})
   images, labels = draw(generator, items[item], config.sample.count)
   if jax.process_index() == 0:
     if out.suffix == ".png":

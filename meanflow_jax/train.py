@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from meanflow_jax import build, evaluate
+from meanflow_jax import build, evaluate, storage
 from meanflow_jax.data.loader import batches
 from meanflow_jax.data.sources import Source
 from meanflow_jax.diagnosis import RollBackError, Scene, Spikes
@@ -48,13 +48,13 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     network = build.network(config, mesh)
     train_step = build.train_step(config, network, method, mesh)
     generator = build.sample_generator(config, network, method, mesh)
-    shown = build.ema_item(config, config.sample.ema)
+    shown = storage.ema_item(config, config.sample.ema)
     source = build.source(config)
     evaluator = evaluate.make_evaluator(config, network, method, mesh, lambda: source)
     evaluate.check_best(config, evaluator)
     claim(workdir)
 
-    checkpoints = build.checkpoints(config, workdir, read_only=False)
+    checkpoints = storage.checkpoints(config, workdir, read_only=False)
 
   with checkpoints:
     state = restore_or_init(config, workdir, train_step, mesh, checkpoints)
@@ -147,7 +147,7 @@ def restore_or_init(
     UserError: it is beyond the last step.
   """
   targets = targets_of(workdir, train_step, mesh, checkpoints.latest_step())
-  restored = checkpoints.restore(targets, identity=build.identity(config))
+  restored = checkpoints.restore(targets, identity=storage.identity(config))
   if restored is None:
     return train_step.new_state(mesh)
   step, items = restored

@@ -13,7 +13,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import base
-from meanflow_jax import build, command_line
+from meanflow_jax import build, command_line, storage
 from meanflow_jax.evaluate import make_evaluator
 from tests.runs import mesh_of
 
@@ -87,7 +87,7 @@ def test_a_preset_builds(preset):
   config, mesh = load(preset), mesh_of(1, 1)
   network, method = build.network(config, mesh), build.method(config)
   build.train_step(config, network, method, mesh).abstract_state(mesh)
-  build.ema_item(config, config.sample.ema)
+  storage.ema_item(config, config.sample.ema)
   config.data.source = "synthetic"
   if config.autoencoder.path:
     with pytest.raises(FileNotFoundError, match="sd-vae-ft-mse"):

@@ -19,7 +19,7 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from meanflow_jax import build, convert
+from meanflow_jax import build, convert, storage
 from meanflow_jax.models import dit_layouts
 from meanflow_jax.models.embeddings import sincos_positions
 from meanflow_jax.runtime.mesh import shardings_of
@@ -65,8 +65,8 @@ def config_of(changes: dict[str, Any] | None = None) -> ConfigDict:
 def restored(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh) -> TrainState:
   """The newest checkpoint, all of it, as training resumes from it."""
   targets = to_items(train_step(config, mesh).abstract_state(mesh))
-  with build.checkpoints(config, workdir, read_only=True) as saved:
-    step, items = saved.restore(targets, identity=build.identity(config))
+  with storage.checkpoints(config, workdir, read_only=True) as saved:
+    step, items = saved.restore(targets, identity=storage.identity(config))
   return from_items(items, jnp.int32(step))
 
 
@@ -198,7 +198,7 @@ def saved_run(workdir: pathlib.Path, config: ConfigDict, step: int) -> dict[str,
 
   items = jax.tree_util.tree_map_with_path(random, shapes)
   items = jax.device_put(items, shardings_of(shapes))
-  with build.checkpoints(config, workdir, read_only=False) as checkpoints:
+  with storage.checkpoints(config, workdir, read_only=False) as checkpoints:
     checkpoints.save(step, items, config.to_dict())
   return items
 
@@ -499,7 +499,7 @@ def test_fine_tuning_starts_as_a_run(tmp_path, capsys):
       assert not x.any()
     else:
       assert x.tobytes() == expected[name].tobytes()
-  step, _, _ = build.trained_params(
+  step, _, _ = storage.trained_params(
     config_of(),
     tmp_path / "run",
     build.network(config_of(), mesh_of(8, 1)),

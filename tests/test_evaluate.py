@@ -11,7 +11,7 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
-from meanflow_jax import build, evaluate, prepare, sample, stream, train
+from meanflow_jax import evaluate, prepare, sample, storage, stream, train
 from meanflow_jax.build import UserError
 from meanflow_jax.runtime.reference_statistics import read
 from tests.fill import filled
@@ -162,7 +162,7 @@ def test_the_best_checkpoint_is_kept_and_sampled(tmp_path: pathlib.Path) -> None
   noted = json.loads((tmp_path / "run" / "best.json").read_text())
   step = int(best.removeprefix("step_"))
   assert noted == {"step": step, "figure": name, "value": figures[best]}
-  with build.best_checkpoint(config, tmp_path / "run", read_only=True) as saved:
+  with storage.best_checkpoint(config, tmp_path / "run", read_only=True) as saved:
     assert saved.steps() == [step]
   sample.run(tiny({"sample.checkpoint": "best"}), tmp_path / "run", tmp_path / "best.npz")
   assert (tmp_path / "run" / "figures" / "history.png").stat().st_size > 5_000
@@ -196,7 +196,7 @@ def test_a_best_checkpoint_of_a_later_step_gives_way(tmp_path: pathlib.Path) -> 
   train.run(config, tmp_path / "run")
   evaluate.note_best(tmp_path / "run", 9, "frechet_pixels_nfe1", 1e9)
   train.run(config, tmp_path / "run")  # measures the last step again
-  with build.best_checkpoint(config, tmp_path / "run", read_only=True) as saved:
+  with storage.best_checkpoint(config, tmp_path / "run", read_only=True) as saved:
     assert saved.steps() == [8]
 
 

@@ -62,7 +62,7 @@ MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
   ({"data.num_classes": 0}, ["unconditional", "method.guidance.omega", "label_dropout"]),
   ({"data.source": "digit"}, ["data.source", "digits", "'digit'"]),
   ({"data.digits.split": "dev"}, ["'dev'", "train"]),
-  ({"data.source": "latents"}, ["latents cannot be read yet"]),
+  ({"data.source": "latents"}, ["data.latents.path is empty"]),
   ({"sample.nfe": 0}, ["nfe = 0"]),
   ({"evaluate.nfe": (1, 0)}, ["nfe = 0"]),
   ({"sample.grid": (1.0, 0.2, 0.5, 0.0)}, ["decrease", "0.2, 0.5"]),
