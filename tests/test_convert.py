@@ -158,6 +158,7 @@ def command(workdir: pathlib.Path, *given: str) -> str:
   return output + errors
 
 
+@pytest.mark.slow
 def test_a_published_checkpoint_is_sampled_and_trained_further(tmp_path):
   workdir, out = tmp_path / "run", tmp_path / "images.npz"
   assert "checkpoint 1234" in command(workdir, f"--read={REFERENCE}", "--layout=meanflow")

@@ -47,6 +47,7 @@ def evaluated(workdir: pathlib.Path, **changes: Any) -> Rows:
   return json.loads((workdir / "figures" / "step_0000008.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_sweep_has_a_row_for_each_setting(
   workdir: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

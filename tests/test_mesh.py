@@ -259,6 +259,7 @@ def test_a_tpu_gathers_layers_and_scatters_gradients(remat: str) -> None:
   assert scattered == kernels
 
 
+@pytest.mark.slow
 def test_parameters_moments_and_averages_take_an_eighth_of_the_memory() -> None:
   spread, whole = (
     compiled(network(), mesh_of(*shape)).memory_analysis().argument_size_in_bytes

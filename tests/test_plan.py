@@ -67,6 +67,7 @@ def test_days_and_chip_hours_follow_from_the_time():
   )
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_fit(four_chips, capsys):
   rows = printed(capsys, tiny({"train.batch_size": 160}), "v5e:2x2", False)
   assert rows["fits"] == "NO: needs 33.82 GB of 16.91 GB per device"
@@ -84,6 +85,7 @@ def test_a_model_that_does_not_fit(four_chips, capsys):
   assert "steps/s" not in said
 
 
+@pytest.mark.slow
 def test_microbatches_are_counted_each(four_chips, capsys):
   """The figures are of one microbatch; the time of a step is that of all."""
   four_chips["images"] = 16
@@ -93,6 +95,7 @@ def test_microbatches_are_counted_each(four_chips, capsys):
   assert number(rows["time"]) == pytest.approx(2 * number(whole["time"]), rel=0.01)
 
 
+@pytest.mark.slow
 def test_a_sweep(four_chips, monkeypatch, capsys):
   four_chips["images"] = 16
   monkeypatch.setattr(plan, "REMAT", ("none", "blocks"))
@@ -184,6 +187,7 @@ def test_mistakes(changes, name, sweep, words):
   assert [word for word in words if word not in str(caught.value)] == []
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
   """From the shell: no folder is needed, none is made, and mistakes are told."""
   workdir = tmp_path / "run"
