@@ -42,7 +42,9 @@ def unscale_latents(latents: Image) -> Image:
 
 def sample_latent(key: PRNGKey, mean: Image, std: Image) -> Image:
   """Draws (unscaled) latents of encoded images."""
-  return mean + std * jax.random.normal(key, mean.shape, mean.dtype)
+  # Drawn flat, the same numbers compile in a fraction of the time on CPUs.
+  noise = jax.random.normal(key, (mean.size,), mean.dtype).reshape(mean.shape)
+  return mean + std * noise
 
 
 def _conv(features: int, dtype: str, name: str, size: int = 3, **settings: Any) -> nn.Conv:
