@@ -29,18 +29,11 @@ set -euo pipefail
 # shellcheck source=launch/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-while is_option "${1:-}"; do option "$1"; shift; done
-(( $# )) || die "submit, logs, status or delete? see --help"
-verb="$1"
-shift
-while is_option "${1:-}"; do option "$1"; shift; done
+set_verb "submit, logs, status or delete" "$@"
 
 require NAME
 NAMESPACE="${NAMESPACE:-default}"
-for setting in NAME NAMESPACE; do
-  [[ "${!setting}" =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] \
-    || die "$setting must be at most 40 of a-z, 0-9 and -, from a letter on, got '${!setting}'"
-done
+require_name NAME NAMESPACE
 in_namespace=(kubectl "--namespace=$NAMESPACE")
 mine="app.kubernetes.io/instance=$NAME,app.kubernetes.io/managed-by=meanflow_jax"
 
@@ -149,13 +142,13 @@ delete() {
 
 first="jobset.sigs.k8s.io/jobset-name=$NAME,jobset.sigs.k8s.io/job-index=0"
 first+=",batch.kubernetes.io/job-completion-index=0"
-case "$verb" in
-  submit) submit "$@" ;;
+case "$VERB" in
+  submit) submit "${REST[@]}" ;;
   logs) run "${in_namespace[@]}" logs --follow --tail=100 "--selector=$first" ;;
   status)
     run "${in_namespace[@]}" get jobset "--selector=$mine"
     run "${in_namespace[@]}" get pods "--selector=jobset.sigs.k8s.io/jobset-name=$NAME"
     ;;
   delete) delete ;;
-  *) die "submit, logs, status or delete, not '$verb'" ;;
+  *) wrong_verb ;;
 esac

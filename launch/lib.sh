@@ -33,6 +33,23 @@ option() {
   DRY_RUN=1
 }
 
+# Sets VERB, and REST to what follows it; options may stand before and after it.
+# shellcheck disable=SC2034
+set_verb() {
+  VERBS="$1"
+  shift
+  while is_option "${1:-}"; do option "$1"; shift; done
+  (( $# )) || die "$VERBS? see --help"
+  VERB="$1"
+  shift
+  while is_option "${1:-}"; do option "$1"; shift; done
+  REST=("$@")
+}
+
+wrong_verb() {
+  die "$VERBS, not '$VERB'"
+}
+
 is_dry() {
   [[ "${DRY_RUN:-0}" == 1 ]]
 }
@@ -57,6 +74,14 @@ require() {
   local name
   for name in "$@"; do
     [[ -n "${!name:-}" ]] || die "$name is not set; see ${0##*/} --help"
+  done
+}
+
+require_name() {
+  local name
+  for name in "$@"; do
+    [[ "${!name}" =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] \
+      || die "$name must be at most 40 of a-z, 0-9 and -, from a letter on, got '${!name}'"
   done
 }
 

@@ -33,15 +33,10 @@ set -euo pipefail
 # shellcheck source=launch/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-while is_option "${1:-}"; do option "$1"; shift; done
-(( $# )) || die "create, setup, run, logs, status, stop, delete or supervise? see --help"
-verb="$1"
-shift
-while is_option "${1:-}"; do option "$1"; shift; done
+set_verb "create, setup, run, logs, status, stop, delete or supervise" "$@"
 
 require NAME ZONE
-[[ "$NAME" =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] \
-  || die "NAME must be at most 40 of a-z, 0-9 and -, from a letter on, got '$NAME'"
+require_name NAME
 SLICES="${SLICES:-1}" SPOT="${SPOT:-0}" POLL="${POLL:-60}" MAX_RESTARTS="${MAX_RESTARTS:-100}"
 PYTHON_VERSION="${PYTHON_VERSION:-3.12}"
 require_positive SLICES
@@ -228,14 +223,14 @@ supervise() {
   done
 }
 
-case "$verb" in
+case "$VERB" in
   create) create ;;
   setup) setup ;;
-  run) set_remote_command "$@"; on_hosts "$(remote start "${COMMAND[@]}")" ;;
+  run) set_remote_command "${REST[@]}"; on_hosts "$(remote start "${COMMAND[@]}")" ;;
   logs) on_first_host "$(remote logs)" ;;
   status) show_state ;;
   stop) on_hosts "$(remote stop)" ;;
   delete) delete ;;
-  supervise) supervise "$@" ;;
-  *) die "create, setup, run, logs, status, stop, delete or supervise, not '$verb'" ;;
+  supervise) supervise "${REST[@]}" ;;
+  *) wrong_verb ;;
 esac

@@ -1,5 +1,8 @@
 """Flags: the config and its overrides, with mistakes found before anything starts."""
 
+import itertools
+import pathlib
+import re
 import sys
 from collections.abc import Callable
 
@@ -46,6 +49,7 @@ def parse(argv: list[str], adjust: Callable[[ConfigDict], None] | None = None) -
     argv: the command line.
     adjust: what other flags change of the config, before it is asked which keys would be read.
   """
+  _check_file(argv)
   try:
     remaining = app.parse_flags_with_usage(argv)
   except (AttributeError, KeyError) as error:  # of a locked ConfigDict, with the nearest key
@@ -53,8 +57,6 @@ def parse(argv: list[str], adjust: Callable[[ConfigDict], None] | None = None) -
     while isinstance(message, Exception):
       message = message.args[0]
     sys.exit("error: unknown config key " + message.replace("\n", "; "))
-  except OSError as error:
-    sys.exit(f"error: --config: {error}")
   if flags.FLAGS.config is None:
     return remaining
   if adjust:
@@ -63,6 +65,16 @@ def parse(argv: list[str], adjust: Callable[[ConfigDict], None] | None = None) -
   if mistakes := unread(flags.FLAGS.config, list(given)):
     sys.exit("error: " + "\n".join(mistakes))
   return remaining
+
+
+def _check_file(argv: list[str]) -> None:
+  for argument, following in itertools.pairwise([*argv, ""]):
+    if given := re.fullmatch(r"--?config(?:=(.*))?", argument):
+      path = pathlib.Path(following if given[1] is None else given[1])
+      if not path.is_file():
+        folder = path if path.is_dir() else path.parent
+        there = ", ".join(map(str, sorted(folder.glob("*.py")))) or "none there"
+        sys.exit(f"error: --config={path} is not a file; configs in {folder}/: {there}")
 
 
 def unread(config: ConfigDict, given: list[str]) -> list[str]:

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, PyTree, UInt8
+from jaxtyping import Array, Bool, Float, Int, Num, PyTree, UInt8
 
-from meanflow_jax.arrays import Image, Label, PRNGKey
+from meanflow_jax.arrays import Image, Label, Mask, PRNGKey
 from meanflow_jax.methods.guidance import SamplingGuidance
 from meanflow_jax.methods.sampler import StepFn, sample
 from meanflow_jax.models.autoencoder import Autoencoder, unscale_latents
@@ -40,6 +40,21 @@ def round_adm(images: Image) -> Image:
 
 
 ROUNDING = {"meanflow": round_meanflow, "adm": round_adm}
+
+
+def finite(images: Num[Array, "B H W C"]) -> Bool[Array, "B"]:
+  """Which images are finite: rounding would make white of infinite ones."""
+  return jnp.isfinite(images).all(axis=(1, 2, 3))
+
+
+def require_finite(are_finite: Bool[np.ndarray, "b"], first: int) -> None:
+  """Raises a ValueError unless all images, of which `first` is the first one's number, are."""
+  bad = int(np.count_nonzero(~are_finite))
+  if bad:
+    raise ValueError(
+      f"{bad} of the {len(are_finite)} images from number {first} on are not finite: no picture "
+      "and no figure would be right; look at the parameters that were asked for"
+    )
 
 
 class Decoder(flax.struct.PyTreeNode):
@@ -173,10 +188,15 @@ class Generator:
   def batches(
     self, params: PyTree, count: int
   ) -> Iterator[tuple[UInt8[np.ndarray, "b H W C"], Int[np.ndarray, "b"]]]:
-    """Images 0, ..., count - 1, 8-bit, and their labels, on every host."""
+    """Images 0, ..., count - 1, 8-bit, and their labels, on every host.
+
+    Raises:
+      ValueError: if an image is not finite.
+    """
     dispatch = lambda first: self._compiled(params, self.decoder, self.place(first))
     for first, made in one_ahead(dispatch, range(0, count, self.batch_size)):
-      images, labels = multihost_utils.process_allgather(made, tiled=True)
+      images, labels, are_finite = multihost_utils.process_allgather(made, tiled=True)
+      require_finite(are_finite[: count - first], first)
       yield images[: count - first], labels[: count - first]
 
   def place(self, first: int) -> Array:
@@ -184,10 +204,10 @@ class Generator:
     return replicate(self.mesh, np.int32(first))
 
   @functools.cached_property
-  def _compiled(self) -> Callable[[PyTree, Decoder | None, Array], tuple[Array, Label]]:
-    def made(params: PyTree, decoder: Decoder | None, first: Array) -> tuple[Array, Label]:
+  def _compiled(self) -> Callable[[PyTree, Decoder | None, Array], tuple[Array, Label, Mask]]:
+    def made(params: PyTree, decoder: Decoder | None, first: Array) -> tuple[Array, Label, Mask]:
       images, labels = self(params, decoder, first)
-      return self.levels(images).astype(jnp.uint8), labels
+      return self.levels(images).astype(jnp.uint8), labels, finite(images)
 
     return jax.jit(made, out_shardings=rows_sharding(self.mesh))
 

@@ -10,7 +10,7 @@ import jax
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from meanflow_jax import evaluate, sample, storage
+from meanflow_jax import build, evaluate, sample, storage
 from meanflow_jax.evaluate import Evaluator
 from meanflow_jax.generate import Generator
 from meanflow_jax.runtime.checkpoints import Checkpoints
@@ -48,7 +48,8 @@ class Outputs:
     """Writes a grid of images."""
     with self.report.paused():
       params = to_items(state)[self.shown]
-      images, labels = sample.draw(self.generator, params, self.config.sample.count)
+      with build.explaining_mistakes():
+        images, labels = sample.draw(self.generator, params, self.config.sample.count)
       if jax.process_index() == 0:
         picture = grid(images, labels)
         save_png(self.grid_path(step), picture)
@@ -78,9 +79,8 @@ class Outputs:
       return
     params = {name: tree for name, tree in items.items() if name not in ("opt_state", "guard")}
     with storage.best_checkpoint(self.config, self.workdir, read_only=False) as best:
-      best.drop_from(
-        step
-      )  # of a run that went on from an earlier step, or asked for another figure
+      # Of a run that went on from an earlier step, or asked for another figure.
+      best.drop_from(step)
       best.save(step, params, self.config.to_dict())
     if jax.process_index() == 0:
       evaluate.note_best(self.workdir, step, name, figures[name])

@@ -14,7 +14,11 @@ from meanflow_jax.runtime.images import grid, save_npz, save_png
 
 
 def draw(generator: Generator, params: PyTree, count: int) -> tuple[np.ndarray, np.ndarray]:
-  """Images 0, ..., count - 1 as uint8 [N, H, W, C], and their labels [N]."""
+  """Images 0, ..., count - 1 as uint8 [N, H, W, C], and their labels [N].
+
+  Raises:
+    ValueError: if an image is not finite.
+  """
   batches = generator.batches(params, count)
   total = -(-count // generator.batch_size)
   images, labels = zip(
@@ -33,7 +37,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, out: pathlib.Path) -> None:
     generator = build.sample_generator(config, network, method, mesh)
     item = storage.ema_item(config, config.sample.ema)
     step, items, _ = storage.trained_params(config, workdir, network, mesh, {item})
-  images, labels = draw(generator, items[item], config.sample.count)
+    images, labels = draw(generator, items[item], config.sample.count)
   if jax.process_index() == 0:
     if out.suffix == ".png":
       save_png(out, grid(images, labels))

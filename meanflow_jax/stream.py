@@ -22,13 +22,13 @@ import numpy as np
 import tqdm
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Bool, Num, PyTree
+from jaxtyping import Array, Bool, PyTree
 
 from meanflow_jax.arrays import Image
 from meanflow_jax.data.loader import ordered_batches
 from meanflow_jax.data.sources import Source
 from meanflow_jax.features import Extractor, Outputs
-from meanflow_jax.generate import Decoder, Generator, one_ahead
+from meanflow_jax.generate import Decoder, Generator, finite, one_ahead, require_finite
 from meanflow_jax.metrics.summary import Summary
 from meanflow_jax.runtime.mesh import global_batch, local_rows, replicated, rows_sharding
 
@@ -45,11 +45,6 @@ Summaries = dict[str, Summary]
 def extract(extractors: Sequence[Extractor], levels: Image) -> dict[str, Outputs]:
   """The features of images given by their levels, 0 to 255; to be jitted."""
   return {extractor.name: extractor(levels) for extractor in extractors}
-
-
-def finite(images: Num[Array, "B H W C"]) -> Bool[Array, "B"]:
-  """Which images are finite: rounding would make white of infinite ones."""
-  return jnp.isfinite(images).all(axis=(1, 2, 3))
 
 
 def step_shardings(mesh: Mesh) -> tuple[NamedSharding, NamedSharding]:
@@ -230,7 +225,7 @@ def _add_up(
   try:
     for first, (are_finite, outputs) in steps:
       progress.update(first - progress.n)
-      _require_finite(np.asarray(are_finite)[: count - first], first)
+      require_finite(np.asarray(are_finite)[: count - first], first)
       parts = {
         name: Summary.of(count, *_local(arrays, first, count), keep=keep)
         for name, arrays in outputs.items()
@@ -250,15 +245,6 @@ def _add_up(
 
 def _sums(summaries: Summaries, parts: Summaries) -> Summaries:
   return {k: summaries[k] + part if k in summaries else part for k, part in parts.items()}
-
-
-def _require_finite(are_finite: Bool[np.ndarray, "b"], first: int) -> None:
-  bad = int(np.count_nonzero(~are_finite))
-  if bad:
-    raise ValueError(
-      f"{bad} of the {len(are_finite)} images from number {first} on are not finite: figures of "
-      "the others would mislead"
-    )
 
 
 def _local(arrays: Outputs, first: int, count: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:

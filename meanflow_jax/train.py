@@ -57,7 +57,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     checkpoints = storage.checkpoints(config, workdir, read_only=False)
 
   with checkpoints:
-    state = restore_or_init(config, workdir, train_step, mesh, checkpoints)
+    state = restore_or_init(config, train_step, mesh, checkpoints)
     advance, tried = train_step.jitted(mesh), collections.Counter()
     read = lambda number: next(host_batches(config, source, mesh, number))
     with StopRequest() as stop:
@@ -71,7 +71,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         feed = device_batches(config, source, mesh, position)
         with scene.diagnosing():
           back = advance_to_end(config, state, advance, feed, outputs, stop)
-        state = back and roll_back(workdir, train_step, mesh, checkpoints, *back)
+        state = back and roll_back(train_step, mesh, checkpoints, *back)
     outputs.announce_end(config.train.steps)
 
 
@@ -135,7 +135,6 @@ def _is_config(text: str) -> bool:
 
 def restore_or_init(
   config: ConfigDict,
-  workdir: pathlib.Path,
   train_step: TrainStep,
   mesh: Mesh,
   checkpoints: Checkpoints,
@@ -146,8 +145,8 @@ def restore_or_init(
     CheckpointError: there is a checkpoint of another network, or none that is intact.
     UserError: it is beyond the last step.
   """
-  targets = targets_of(workdir, train_step, mesh, checkpoints.latest_step())
-  restored = checkpoints.restore(targets, identity=storage.identity(config))
+  targets = to_items(train_step.abstract_state(mesh))
+  restored = checkpoints.restore(targets, identity=storage.identity(config), optional={"guard"})
   if restored is None:
     return train_step.new_state(mesh)
   step, items = restored
@@ -158,18 +157,8 @@ def restore_or_init(
   return state_of(train_step, mesh, step, items)
 
 
-def targets_of(
-  workdir: pathlib.Path, train_step: TrainStep, mesh: Mesh, step: int | None
-) -> dict[str, PyTree]:
-  """What to read of a checkpoint; one that was made without a guard does not hold its memory."""
-  targets = to_items(train_step.abstract_state(mesh))
-  if not (workdir / "checkpoints" / str(step) / "guard").exists():
-    targets.pop("guard", None)
-  return targets
-
-
 def state_of(train_step: TrainStep, mesh: Mesh, step: int, items: dict[str, PyTree]) -> TrainState:
-  """The state of a checkpoint; where it lacks a guard's memory, that begins anew."""
+  """The state of a checkpoint; one that was made without a guard has no memory of it."""
   state = from_items(items, replicate(mesh, np.int32(step)))
   if train_step.guard is None or state.guard is not None:
     return state
@@ -177,7 +166,6 @@ def state_of(train_step: TrainStep, mesh: Mesh, step: int, items: dict[str, PyTr
 
 
 def roll_back(
-  workdir: pathlib.Path,
   train_step: TrainStep,
   mesh: Mesh,
   checkpoints: Checkpoints,
@@ -189,8 +177,8 @@ def roll_back(
   Raises:
     CheckpointError: it is damaged.
   """
-  targets = targets_of(workdir, train_step, mesh, step)
-  _, items = checkpoints.restore(targets, step=step)
+  targets = to_items(train_step.abstract_state(mesh))
+  _, items = checkpoints.restore(targets, step=step, optional={"guard"})
   checkpoints.drop_from(step + 1)
   state = state_of(train_step, mesh, step, items)
   offset = replicate(mesh, np.int32(position - step))

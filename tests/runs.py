@@ -72,10 +72,10 @@ def devices(data: int, fsdp: int) -> Iterator[None]:
     yield
 
 
-def saved_state(workdir: pathlib.Path, step: int) -> TrainState:
+def saved_state(workdir: pathlib.Path, step: int, config: ConfigDict | None = None) -> TrainState:
   """What a checkpoint of a tiny run holds, in numpy arrays."""
   mesh = mesh_of(1, 1)
-  targets = to_items(train_step(tiny(), mesh).abstract_state(mesh))
+  targets = to_items(train_step(config or tiny(), mesh).abstract_state(mesh))
   folder = workdir / "checkpoints"
   with Checkpoints(folder, keep_latest=9, keep_every=None, read_only=True) as saved:
     _, items = saved.restore(targets, step=step)

@@ -90,6 +90,13 @@ def test_batches_are_the_images_in_8_bits(batch_size: int, count: int) -> None:
   np.testing.assert_array_equal(labels, expected_labels)
 
 
+def test_an_image_that_is_not_finite_is_refused() -> None:
+  made = generator((8, 1), 8)
+  params = jax.tree.map(lambda x: x.at[...].set(jnp.nan), placed_params(made))
+  with pytest.raises(ValueError, match="8 of the 8 images from number 0 on are not finite"):
+    list(made.batches(params, 13))
+
+
 def test_images_of_different_numbers_and_seeds_differ() -> None:
   images, labels = one_by_one()
   distances = np.abs(images[:, None] - images[None]).max(axis=(2, 3, 4))

@@ -326,7 +326,7 @@ def test_an_evaluation_of_nothing_is_refused(trained: pathlib.Path) -> None:
     (["--config.train.batch_size=13"], ["train.batch_size 13"]),
     (["--mode=trian"], ["trian", "train"]),
     (["--config.train.steps=many"], ["many"]),
-    (["--config=configs/digit.py"], ["configs/digit.py"]),
+    (["--config=configs/digit.py"], ["configs/digit.py is not a file", "configs/digits.py"]),
   ],
   ids=str,
 )

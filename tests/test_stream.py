@@ -12,7 +12,7 @@ import pytest
 
 from meanflow_jax import stream
 from meanflow_jax.features import Extractor
-from meanflow_jax.generate import Generator, Labels
+from meanflow_jax.generate import Generator, Labels, finite
 from meanflow_jax.methods.guidance import SamplingGuidance
 from meanflow_jax.methods.sampler import time_grid
 from meanflow_jax.metrics.summary import FEATURES, LOGITS, SPATIAL, Summary
@@ -163,7 +163,7 @@ def test_an_interruption_between_extractors_counts_no_image_twice(
 
 def test_infinite_images_are_no_white_ones() -> None:
   images = jnp.ones((3, 2, 2, 1)).at[1, 0, 0].set(jnp.inf).at[2, 1, 1].set(jnp.nan)
-  assert stream.finite(images).tolist() == [True, False, False]
+  assert finite(images).tolist() == [True, False, False]
 
 
 def test_parameters_of_any_step_take_one_compilation() -> None:

@@ -165,12 +165,16 @@ def test_a_finished_run_can_be_run_again(whole: Whole, tmp_path: pathlib.Path) -
 
 
 def test_checkpoints_may_lie_elsewhere(tmp_path: pathlib.Path) -> None:
-  config = tiny({"checkpoint.path": str(tmp_path / "bucket"), "train.steps": 4})
+  bucket = tmp_path / "bucket"
+  config = tiny({"checkpoint.path": str(bucket), "train.guard.action": "record"})
   with devices(*ONE):
-    train.run(config, tmp_path / "run")
+    for steps in (4, 6):
+      config.train.steps = steps
+      train.run(config, tmp_path / "run")
     sample.run(config, tmp_path / "run", tmp_path / "grid.png")
-  assert names(tmp_path / "bucket" / "checkpoints") == ["4"]
+  assert names(bucket / "checkpoints") == ["4", "6"]
   assert "checkpoints" not in names(tmp_path / "run")
+  assert saved_state(bucket, 6, config).guard.seen == 6
 
 
 def test_a_run_resumes_on_other_devices(whole: Whole, tmp_path: pathlib.Path) -> None:

@@ -4,6 +4,7 @@ A shard is written under a temporary name, read back, and only then gets its own
 its name and its checksums is whole.
 """
 
+import contextlib
 import errno
 import io
 import os
@@ -158,23 +159,14 @@ class ShardWriter:
     _sync(self._checksums.parent)
 
 
-class _named:  # noqa: N801, a context manager
+@contextlib.contextmanager
+def _named(path: pathlib.Path) -> Iterator[None]:
   """What ArrayRecord says of a full disk, as the operating system's own error."""
-
-  def __init__(self, path: pathlib.Path):
-    self._path = path
-
-  def __enter__(self) -> None: ...
-
-  def __exit__(
-    self,
-    kind: type[BaseException] | None,
-    error: BaseException | None,
-    traceback: types.TracebackType | None,
-  ) -> None:
-    if isinstance(error, RuntimeError):
-      code = errno.ENOSPC if any(text in str(error) for text in FULL_TEXTS) else errno.EIO
-      raise OSError(code, str(error), str(self._path)) from error
+  try:
+    yield
+  except RuntimeError as error:
+    code = errno.ENOSPC if any(text in str(error) for text in FULL_TEXTS) else errno.EIO
+    raise OSError(code, str(error), str(path)) from error
 
 
 def _quietly_close(writer: array_record_module.ArrayRecordWriter) -> None:

@@ -146,6 +146,7 @@ class Checkpoints:
     *,
     step: int | None = None,
     identity: Mapping[str, Mapping[str, Any]] | None = None,
+    optional: Collection[str] = (),
   ) -> tuple[int, dict[str, PyTree]] | None:
     """Reads the newest usable checkpoint; damaged ones are moved aside, with a warning.
 
@@ -153,6 +154,7 @@ class Checkpoints:
       targets: trees of `jax.ShapeDtypeStruct` with shardings, by name; only these are read.
       step: take this checkpoint and no other.
       identity: keys of the config, by section, that must equal the checkpoint's.
+      optional: names in `targets` that a checkpoint may lack.
 
     Returns:
       The step and the restored trees, or None where there is no checkpoint at all.
@@ -169,7 +171,7 @@ class Checkpoints:
     for candidate in reversed(self.steps()) if step is None else [step]:
       damage = self._damage(candidate, targets)
       if damage is None:
-        return candidate, self._read(candidate, targets, identity or {})
+        return candidate, self._read(candidate, targets, identity or {}, optional)
       refused.append(f"{candidate}: {damage}")
       self._set_aside(candidate, damage)
     if refused:
@@ -238,14 +240,19 @@ class Checkpoints:
     self._manager.reload()
 
   def _read(
-    self, step: int, targets: Mapping[str, PyTree], identity: Mapping[str, Mapping[str, Any]]
+    self,
+    step: int,
+    targets: Mapping[str, PyTree],
+    identity: Mapping[str, Mapping[str, Any]],
+    optional: Collection[str],
   ) -> dict[str, PyTree]:
     folder = self._folder(step)
     available = _read_manifest(folder).keys() - {_CONFIG}
-    if missing := targets.keys() - available:
+    if missing := targets.keys() - available - {*optional}:
       raise CheckpointError(f"{folder} has no {sorted(missing)}, but {sorted(available)}")
     if identity:
       self._require_identity(step, identity)
+    targets = {name: tree for name, tree in targets.items() if name in available}
     for name, target in targets.items():
       _require_same_arrays(folder / name, target)
     trees = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
