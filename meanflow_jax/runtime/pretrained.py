@@ -6,7 +6,6 @@ is read as it is. Inception is published as a PyTorch file, which is converted o
 
 import hashlib
 import json
-import os
 import pathlib
 import pickle
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ import safetensors.numpy
 
 from meanflow_jax.models import inception
 from meanflow_jax.runtime.downloads import COMMAND, PUBLISHED, sha256
+from meanflow_jax.runtime.weights import write_safetensors
 
 CONFIG = "config.json"
 CONVERT = "python -m meanflow_jax.convert --inception={pth} --out={out}"
@@ -193,9 +193,7 @@ def convert_inception(pth: pathlib.Path | str, out: pathlib.Path | str) -> Origi
   found, tensors = origin(pth), _torch_tensors(pth)
   inception.params_from_torch(tensors)
   header = {SOURCE: found.sha256, CONTENT: _content(tensors), "source": pth.name}
-  partial = out.with_name(f"{out.name}.partial")
-  safetensors.numpy.save_file(tensors, partial, header)
-  os.replace(partial, out)
+  write_safetensors(out, tensors, header)
   return found
 
 

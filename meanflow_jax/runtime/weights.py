@@ -103,7 +103,8 @@ def write_safetensors(path: pathlib.Path, tensors: Tensors, header: Mapping[str,
   if not path.parent.is_dir():
     raise FileNotFoundError(f"there is no folder {path.parent}")
   partial = path.with_name(f".{path.name}.partial")
-  safetensors.numpy.save_file(dict(tensors), partial, dict(header))
+  # save_file would make a file that nobody else may read.
+  partial.write_bytes(safetensors.numpy.save(dict(tensors), dict(header)))
   os.replace(partial, path)
 
 
