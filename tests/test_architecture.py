@@ -64,7 +64,7 @@ SIDEWAYS = {
   "prepare": {"build", "command_line", "evaluate"},
   "convert": {"build", "command_line", "storage"},
   "plan": {"build"},
-  "benchmark": {"build", "command_line"},
+  "benchmark": {"build", "command_line", "train"},
 }
 # Where mathematics lives, nothing may know of processes, files and configs.
 IMPURE = {"absl", "io", "logging", "ml_collections", "os", "pathlib", "shutil", "subprocess", "sys"}

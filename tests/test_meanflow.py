@@ -1,5 +1,6 @@
 """The objective: true of exact flows, equal to the plain formula, and no more work than needed."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -10,6 +11,7 @@ import scipy.stats
 
 from meanflow_jax.arrays import Image, Label, Time, VelocityFn
 from meanflow_jax.methods.meanflow import AdaptiveWeight, Draws, MeanFlow, velocity_and_derivative
+from meanflow_jax.methods.plain_meanflow import PlainMeanFlow
 from meanflow_jax.train_step import velocity_fn
 from tests import tiny
 from tests.exact import GaussianFlow, per_image
@@ -210,6 +212,29 @@ def test_the_objective_of_a_transformer_is_the_plain_one(guidance, fraction):
   network = tiny.dit(depth=1)
   make = lambda params: velocity_fn(network, params)
   assert_plain(method, make, tiny.random_params(network, IMAGE), tiny.jit)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("guidance", ["none", "kappa"])
+def test_what_benchmarks_call_plain_is_the_plain_one(guidance):
+  method = tiny.meanflow(equal_fraction=0.75, guidance=GUIDANCE[guidance], dropout=0.2)
+  fields = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
+  (x, y), evaluated = data(), []
+
+  def make(params):
+    velocity = tiny.mlp(params)
+    return lambda z, *args: evaluated.append(len(z)) or velocity(z, *args)
+
+  def loss(method):
+    evaluated.clear()
+    draws = method.draw(KEY, x, y)
+    of = lambda params: method.objective(make(params), x, y, draws)[0]
+    return jax.value_and_grad(of)(tiny.mlp_params(pixels=16, labels=4)), sum(evaluated)
+
+  ours, our_rows = loss(method)
+  plain, plain_rows = loss(PlainMeanFlow(**fields))
+  assert_close(ours, plain)
+  assert (our_rows, plain_rows) == {"none": (16, 16), "kappa": (36, 48)}[guidance]
 
 
 def test_the_loss_is_the_objective_of_the_draw():

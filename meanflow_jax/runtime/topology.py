@@ -136,6 +136,17 @@ def shapes(family: str) -> tuple[str, ...]:
   return (*_SMALL, *("x".join(map(str, s)) for s in cuboids))
 
 
+def chip_of(device_kind: str) -> Chip | None:
+  """The chip that JAX calls a `device_kind`, or None where we know nothing of it."""
+  kind = device_kind.lower()
+  names = {"tpu v5 lite": "v5e", "tpu v5": "v5p", "tpu v6 lite": "v6e", "tpu v4": "v4"}
+  if kind in names:
+    return CHIPS[names[kind]]
+  if "a100" in kind:
+    return CHIPS["a100-80gb" if "80gb" in kind else "a100-40gb"]
+  return next((CHIPS[name] for name in ("h100", "h200", "b200") if name in kind), None)
+
+
 def _exists(chip: Chip, shape: str) -> bool:
   if chip.platform == "tpu":
     return shape in shapes(chip.name)
