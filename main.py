@@ -1,6 +1,7 @@
 """The one entry point: python main.py --config=FILE --workdir=DIR [--mode=MODE].
 
-MODE is train, sample, evaluate or plan. Any key of the config is a flag: --config.train.steps=1000.
+MODE is train, sample, evaluate, plan or profile. Any key of the config is a flag:
+--config.train.steps=1000.
 """
 
 import logging
@@ -13,7 +14,7 @@ import absl.logging
 import jax
 from absl import app, flags
 
-from meanflow_jax import command_line, evaluate, plan, sample, train
+from meanflow_jax import command_line, evaluate, plan, profiler, sample, train
 from meanflow_jax.build import UserError, explaining_mistakes
 from meanflow_jax.data.sources import UnreadableImageError
 from meanflow_jax.runtime import processes
@@ -22,7 +23,9 @@ from meanflow_jax.runtime.reporting import NonFiniteError
 
 CONFIG = command_line.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.")
-MODE = flags.DEFINE_enum("mode", "train", ["train", "sample", "evaluate", "plan"], "What to do.")
+MODE = flags.DEFINE_enum(
+  "mode", "train", ["train", "sample", "evaluate", "plan", "profile"], "What to do."
+)
 IMAGES = flags.DEFINE_string(
   "images", None, "--mode=evaluate: a folder or .npz of images that were made elsewhere."
 )
@@ -68,6 +71,8 @@ def main(_: list[str]) -> None:
       processes.join(detect=DISTRIBUTED.value, timeout=STARTUP_TIMEOUT.value)
     if MODE.value == "train":
       train.run(CONFIG.value, workdir)
+    elif MODE.value == "profile":
+      profiler.run(CONFIG.value, workdir)
     elif MODE.value == "evaluate" and IMAGES.value:
       evaluate.run_elsewhere(CONFIG.value, workdir, IMAGES.value)
     elif MODE.value == "evaluate":

@@ -23,6 +23,9 @@ from meanflow_jax.runtime.mesh import abstract, parameter_shardings, replicated,
 
 SCHEDULES = ("constant", "cosine")
 
+# What profiles tell apart; the first of these that encloses an operation.
+SCOPES = ("guidance", "jvp_du_dt", "network", "optimizer", "ema", "draws")
+
 Batch = dict[str, Array]
 Metrics = dict[str, Float[Array, "..."]]  # numbers, and lists of them for a diagnosis
 
@@ -124,7 +127,12 @@ def stream(seed: int, purpose: Purpose, step: Int[Array, ""] | int = 0) -> PRNGK
 
 def velocity_fn(network: nn.Module, params: PyTree) -> VelocityFn:
   """The network as an average velocity: (r, t) becomes (t, h = t - r) here and nowhere else."""
-  return lambda z, r, t, y: network.apply({"params": params}, z, t, t - r, y)
+
+  @jax.named_scope("network")
+  def velocity(z: Image, r: Time, t: Time, y: Label) -> Image:
+    return network.apply({"params": params}, z, t, t - r, y)
+
+  return velocity
 
 
 def init_params(network: nn.Module, seed: int, image_shape: tuple[int, ...]) -> PyTree:
@@ -200,12 +208,16 @@ class TrainStep:
       batch: images and labels.
       constrain: fixes the sharding of gradients.
     """
-    key = stream(self.seed, Purpose.LATENT, state.position)
-    x, y = self.inputs(key, batch["image"]), batch["label"]
-    draws = self.method.draw(stream(self.seed, Purpose.DRAW, state.position), x, y)
+    with jax.named_scope("draws"):
+      key = stream(self.seed, Purpose.LATENT, state.position)
+      x, y = self.inputs(key, batch["image"]), batch["label"]
+      draws = self.method.draw(stream(self.seed, Purpose.DRAW, state.position), x, y)
     (loss, metrics), grads = self._gradient(state.params, x, y, draws, constrain)
-    updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    with jax.named_scope("optimizer"):
+      updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+      params = optax.apply_updates(state.params, updates)
+    with jax.named_scope("ema"):
+      ema = self.averages.update(state.ema, params, state.step)
     metrics |= {
       "loss": loss,
       "gradient_norm": optax.tree.norm(grads),
@@ -215,7 +227,7 @@ class TrainStep:
     new = TrainState(
       step=state.step + 1,
       params=params,
-      ema=self.averages.update(state.ema, params, state.step),
+      ema=ema,
       opt_state=opt_state,
     )
     if self.guard is None:

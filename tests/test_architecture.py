@@ -39,6 +39,7 @@ FLOORS = (
     "convert",
     "plan",
     "benchmark",
+    "profiler",
   },
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
@@ -64,6 +65,7 @@ SIDEWAYS = {
   "prepare": {"build", "command_line", "evaluate"},
   "convert": {"build", "command_line", "storage"},
   "plan": {"build"},
+  "profiler": {"build", "train"},
   "benchmark": {"build", "command_line", "train"},
 }
 # Where mathematics lives, nothing may know of processes, files and configs.

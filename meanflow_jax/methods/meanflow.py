@@ -68,11 +68,12 @@ def velocity_and_derivative(
 
   The derivative carries no gradient: it only enters targets.
   """
-  u, du_dt = jax.jvp(
-    lambda z, r, t: velocity_fn(z, r, t, y),
-    (z, r, t),
-    (tangent, jnp.zeros_like(r), jnp.ones_like(t)),
-  )
+  with jax.named_scope("jvp_du_dt"):
+    u, du_dt = jax.jvp(
+      lambda z, r, t: velocity_fn(z, r, t, y),
+      (z, r, t),
+      (tangent, jnp.zeros_like(r), jnp.ones_like(t)),
+    )
   return u, stop_gradient(du_dt)
 
 
@@ -181,7 +182,7 @@ class MeanFlow:
 
     Rows with r = t have their conditional velocity already; all else is one network pass.
     """
-    velocity = lambda z, t, y: stop_gradient(velocity_fn(z, t, t, y))
+    velocity = jax.named_scope("guidance")(lambda z, t, y: stop_gradient(velocity_fn(z, t, t, y)))
     rows = draws.rows
     null = (z, draws.t, jnp.full_like(y, self.null_label))
     _, ahead = rows.split((z, draws.t, y))
