@@ -193,11 +193,19 @@ class Generator:
     Raises:
       ValueError: if an image is not finite.
     """
-    dispatch = lambda first: self._compiled(params, self.decoder, self.place(first))
+    dispatch = functools.partial(self.dispatch, params)
     for first, made in one_ahead(dispatch, range(0, count, self.batch_size)):
       images, labels, are_finite = multihost_utils.process_allgather(made, tiled=True)
       require_finite(are_finite[: count - first], first)
       yield images[: count - first], labels[: count - first]
+
+  def dispatch(self, params: PyTree, first: int) -> tuple[Array, Label, Mask]:
+    """Starts to make images first, ..., first + batch_size - 1 by one compiled program.
+
+    Returns:
+      The 8-bit images, their labels, and which were finite before rounding; on the devices.
+    """
+    return self._compiled(params, self.decoder, self.place(first))
 
   def place(self, first: int) -> Array:
     """A number on all devices."""
