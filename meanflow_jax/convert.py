@@ -74,7 +74,7 @@ def read(
     ValueError: the file does not fit the config, or the workdir holds checkpoints.
     FileNotFoundError, ModuleNotFoundError: there is no such file, or no PyTorch to read it with.
   """
-  folder = workdir / "checkpoints"
+  folder = storage.checkpoints_folder(config, workdir)
   if folder.exists() and any(folder.iterdir()):
     raise ValueError(f"{folder} is not empty, and left as it is: choose another --workdir")
   mesh = build.mesh(config)

@@ -40,6 +40,11 @@ def identity(config: ConfigDict) -> dict[str, dict[str, object]]:
   return {"model": model, "data": data}
 
 
+def checkpoints_folder(config: ConfigDict, workdir: pathlib.Path) -> epath.Path:
+  """Where the checkpoints of a workdir lie."""
+  return _storage(config, workdir) / "checkpoints"
+
+
 def checkpoints(config: ConfigDict, workdir: pathlib.Path, *, read_only: bool) -> Checkpoints:
   """The checkpoints of a workdir.
 
@@ -53,7 +58,7 @@ def checkpoints(config: ConfigDict, workdir: pathlib.Path, *, read_only: bool) -
       f"got {settings.keep_latest} and {settings.keep_every}"
     )
   return Checkpoints(
-    _storage(config, workdir) / "checkpoints",
+    checkpoints_folder(config, workdir),
     keep_latest=settings.keep_latest,
     keep_every=settings.keep_every or None,
     read_only=read_only,
