@@ -16,5 +16,6 @@ def get_config() -> ConfigDict:
   config.model.update(base.DIT["XL"], patch_size=2)
   config.method.guidance.update(omega=1.0, kappa=0.5, t_start=0.3, t_end=0.8)
   config.sample.nfe = 2
+  config.evaluate.nfe = (2,)
   config.train.steps = imagenet.epochs(config, 1000)
   return config
