@@ -164,8 +164,10 @@ class Folder:
   """
 
   def __init__(self, *, path: str, image_size: int, channels: int, skip_unreadable: bool):
+    path = os.path.expanduser(path)
     if not os.path.isdir(path):
-      raise FileNotFoundError(f"{path} is not a folder; expected images, or one folder per class")
+      name = path or "data.folder.path is empty, which"
+      raise FileNotFoundError(f"{name} is not a folder; expected images, or one folder per class")
     self._path = path
     self._image_size, self._channels = image_size, channels
     self._skip_unreadable = skip_unreadable
