@@ -85,7 +85,8 @@ class Scene:
       rows = self.rows(error.step)
       np.savez(folder / f"batch_of_process_{jax.process_index()}.npz", **rows)
       facts = self.facts(error.step, error.scalars) | {"not_finite": error.names}
-      (folder / "step.json").write_text(json.dumps(facts, indent=2))
+      if jax.process_index() == 0:
+        write_whole(folder / "step.json", json.dumps(facts, indent=2))
       error.add_note(
         f"its batch and metrics are in {folder}; checkpoints written before it are intact, and the "
         "same command leads from the last one to the same step again"
