@@ -54,7 +54,10 @@ def explaining_mistakes() -> Iterator[None]:
   try:
     yield
   except (ValueError, OSError, ModuleNotFoundError, CheckpointError) as error:
-    raise UserError(str(error)) from error
+    mistake = UserError(str(error))
+    for note in getattr(error, "__notes__", ()):
+      mistake.add_note(note)
+    raise mistake from error
 
 
 def mesh(config: ConfigDict) -> Mesh:

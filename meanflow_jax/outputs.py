@@ -61,7 +61,8 @@ class Outputs:
       return
     with self.report.paused():
       items = to_items(state)
-      found = self.evaluator(items, check=stop.check)
+      with build.explaining_mistakes():
+        found = self.evaluator(items, check=stop.check)
       figures = self.evaluator.tagged(found)
       if jax.process_index() == 0:
         guidance = self.config.method.guidance

@@ -206,8 +206,9 @@ def device_batches(
   config: ConfigDict, source: Source, mesh: Mesh, first_step: int
 ) -> Iterator[Batch]:
   """The batches that follow `first_step` steps, on the devices."""
-  for batch in host_batches(config, source, mesh, first_step):
-    yield global_batch(mesh, batch)
+  with build.explaining_mistakes():
+    for batch in host_batches(config, source, mesh, first_step):
+      yield global_batch(mesh, batch)
 
 
 def announce(config: ConfigDict, state: TrainState, mesh: Mesh) -> None:
