@@ -21,7 +21,14 @@ from ml_collections import ConfigDict
 
 from meanflow_jax import build, storage, stream
 from meanflow_jax.data.sources import Source, made_elsewhere
-from meanflow_jax.evaluator import Comparison, Evaluator, Figures, Reference, Setting
+from meanflow_jax.evaluator import (
+  INCEPTION_ONLY,
+  Comparison,
+  Evaluator,
+  Figures,
+  Reference,
+  Setting,
+)
 from meanflow_jax.features import Extractor
 from meanflow_jax.methods.meanflow import MeanFlow
 from meanflow_jax.methods.sampler import time_grid
@@ -95,9 +102,11 @@ def make_comparison(config: ConfigDict, mesh: Mesh, shape: Shape, source: Source
     raise ValueError(f"evaluate.figures must be some of {sorted(FIGURES)}, got {figures}")
   extractors = build.extractors(config, mesh)
   comparison = Comparison(extractors, figures, None)
-  if not comparison.names:
+  lacking = INCEPTION_ONLY & set(figures)
+  if lacking and "inception" not in config.evaluate.extractors:
     raise ValueError(
-      f"evaluate.figures {figures} are none of evaluate.extractors {config.evaluate.extractors}"
+      f"evaluate.figures {figures}: {' and '.join(sorted(lacking))} take the extractor inception, "
+      f"and evaluate.extractors are {tuple(config.evaluate.extractors)}"
     )
   if set(figures) == {"inception_score"}:
     return comparison

@@ -85,6 +85,7 @@ MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
   ({"evaluate.extractors": ()}, ["evaluate.extractors", "()"]),
   ({"evaluate.figures": ("fid",)}, ["evaluate.figures", "frechet", "'fid'"]),
   ({"evaluate.figures": ("sfid",)}, ["('sfid',)", "('pixels',)"]),
+  ({"evaluate.figures": ("frechet", "sfid")}, ["sfid", "inception", "('pixels',)"]),
   ({"evaluate.best": "fid_nfe1"}, ["evaluate.best", "frechet_pixels_nfe1", "'fid_nfe1'"]),
   ({"evaluate.pixels.resolution": 0}, ["evaluate.pixels.resolution", "0"]),
   ({"evaluate.statistics.pixels": "absent.npz"}, ["absent.npz"]),
