@@ -12,12 +12,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from meanflow_jax.models import inception
 from meanflow_jax.runtime.downloads import COMMAND, PUBLISHED, sha256
-from meanflow_jax.runtime.weights import write_safetensors
+from meanflow_jax.runtime.weights import read_safetensors, write_safetensors
 
 CONFIG = "config.json"
 CONVERT = "python -m meanflow_jax.convert --inception={pth} --out={out}"
@@ -108,16 +106,9 @@ def load(
   if sha256 and (found := origin(weights)).sha256 != sha256:
     raise ValueError(f"{weights} is {found}, but {_origin(sha256)} is asked for")
   try:
-    return json.loads(config.read_text()), _read(weights)
+    return json.loads(config.read_text()), read_safetensors(weights)[0]
   except json.JSONDecodeError as error:
     raise ValueError(f"{config} is not JSON: {error}") from error
-
-
-def _read(path: pathlib.Path) -> Tensors:
-  try:
-    return safetensors.numpy.load_file(path)
-  except safetensors.SafetensorError as error:
-    raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
 
 
 def _missing(path: pathlib.Path, models: tuple[str, ...]) -> str:
@@ -158,9 +149,7 @@ def load_inception(path: pathlib.Path | str) -> tuple[Tensors, Origin]:
       f"{path} is not a safetensors file, and PyTorch's are not read here: convert it with "
       f"`{CONVERT.format(pth=path, out=path.with_suffix('.safetensors'))}`"
     )
-  tensors = _read(path)
-  with safetensors.safe_open(path, framework="numpy") as file:
-    header = file.metadata() or {}
+  tensors, header = read_safetensors(path)
   if SOURCE not in header:
     return tensors, origin(path)
   if header.get(CONTENT) != _content(tensors):
