@@ -44,10 +44,10 @@ SWEEP = flags.DEFINE_bool("sweep", False, "--mode=plan: compare meshes, remat an
 
 def main(_: list[str]) -> None:
   """Runs one mode; the user's mistakes end it with a message, no traceback."""
-  # Orbax tells every file it touches.
+  # Orbax logs every file it touches.
   absl.logging.set_verbosity(absl.logging.ERROR)
   logging.getLogger("meanflow_jax").setLevel(logging.WARNING)
-  # When a save fails, asyncio repeats in its own time what Orbax raises and we report.
+  # When a save fails, asyncio logs later what Orbax has raised and we have reported.
   logging.getLogger("asyncio").setLevel(logging.CRITICAL)
   workdir = pathlib.Path(WORKDIR.value or "").expanduser()
   try:
@@ -89,7 +89,7 @@ def main(_: list[str]) -> None:
   except jax.errors.JaxRuntimeError:
     if jax.process_count() == 1:
       raise
-    # Most likely another process is lost; to wait for it at the exit, as JAX does, is in vain.
+    # Most likely another process is lost: waiting for it at exit, as JAX does, would be in vain.
     traceback.print_exc()
     print("error: the step failed, or another process did: start all again", file=sys.stderr)
     sys.stderr.flush()

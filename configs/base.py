@@ -134,11 +134,12 @@ def get_config() -> ConfigDict:
   # 1 is off; otherwise each step evaluates the network twice where t_min <= t <= t_max
   sample.guidance = ConfigDict({"omega": 1.0, "t_min": 0.0, "t_max": 1.0})
 
-  # --mode=evaluate, and figures during training; with the labels, seed, rounding and batch size of
-  # `sample`. The table has a row for each combination of nfe, ema and omega.
+  # --mode=evaluate, and figures during training; with the labels, seed, rounding, batch size and
+  # guidance interval of `sample`, but not its count, nfe and grid. The table has a row for each
+  # combination of nfe, ema and omega.
   config.evaluate = evaluate = ConfigDict()
   evaluate.count = 1_500  # images for each row; 0: no evaluation
-  evaluate.nfe = (1, 2)
+  evaluate.nfe = (1, 2)  # steps of equal length
   evaluate.ema = ()  # averages of the parameters; (): sample.ema
   evaluate.omega = ()  # guidance scales when sampling; (): sample.guidance.omega
   evaluate.extractors = ("pixels",)  # some of pixels | inception | dinov2: the sections below

@@ -50,7 +50,7 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def explaining_mistakes() -> Iterator[None]:
-  """What constructors refuse is the user's to mend, and needs no traceback."""
+  """Turns what constructors refuse into a message for the user, without a traceback."""
   try:
     yield
   except (ValueError, OSError, ModuleNotFoundError, CheckpointError) as error:
@@ -163,7 +163,7 @@ def network(config: ConfigDict, mesh: Mesh) -> nn.Module:
   """The network of `config.model`.
 
   Raises:
-    ValueError: if the image does not divide into patches, or the model's sizes do not fit, each
+    ValueError: if the image does not divide into patches, or the model's sizes do not fit each
       other or the mesh.
   """
   if config.model.patch_size < 1 or config.data.image_size % config.model.patch_size:
@@ -183,7 +183,8 @@ def method(config: ConfigDict) -> MeanFlow:
   """The method of `config.method`.
 
   Raises:
-    ValueError: an impossible setting, or guidance without a class to leave out or to have left out.
+    ValueError: an impossible setting, or guidance for a model that has no classes, or never drops
+      its labels.
   """
   settings = config.method
   made = MeanFlow(

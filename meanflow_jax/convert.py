@@ -99,7 +99,7 @@ def write(config: ConfigDict, workdir: pathlib.Path, path: pathlib.Path) -> None
   Raises:
     ValueError: the file exists.
     FileNotFoundError: there is no checkpoint, or no folder for the file.
-    CheckpointError: there is a checkpoint of another network, or a damaged one alone.
+    CheckpointError: there is a checkpoint of another network, or only damaged ones.
   """
   mesh, item = build.mesh(config), storage.ema_item(config, config.sample.ema)
   network = build.network(config, mesh)
@@ -118,7 +118,7 @@ def write_generator(
   Raises:
     ValueError: the folder exists, or a platform is unknown.
     FileNotFoundError: there is no checkpoint, or no weights of the autoencoder.
-    CheckpointError: there is a checkpoint of another network, or a damaged one alone.
+    CheckpointError: there is a checkpoint of another network, or only damaged ones.
   """
   mesh, method = build.mesh(config), build.method(config)
   network = build.network(config, mesh)
@@ -247,7 +247,7 @@ def check_flags(given: flags.FlagValues) -> None:
 
 def main(_: list[str]) -> None:
   """Converts in one direction; the user's mistakes end it with a message, no traceback."""
-  absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax tells every file it touches
+  absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax logs every file it touches
   given = flags.FLAGS
   try:
     with build.explaining_mistakes():

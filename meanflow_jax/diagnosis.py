@@ -100,7 +100,7 @@ class Spikes:
   Args:
     scene: the stretch of the run.
     checkpoints: of the run.
-    tried: how often it was rolled back to which of them; counts on.
+    tried: how often the run was rolled back to each of them; is kept up to date.
   """
 
   def __init__(self, scene: Scene, checkpoints: Checkpoints, tried: collections.Counter[int]):

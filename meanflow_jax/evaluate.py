@@ -256,7 +256,7 @@ def note_best(workdir: pathlib.Path, step: int, name: str, value: float) -> None
 
 
 def plot_history(workdir: pathlib.Path, rows: list[Row]) -> None:
-  """Draws every figure against the step, until that of some rows, of all that were made alike."""
+  """Draws every figure against the step, up to that of `rows`, from all rows made alike."""
   alike = lambda row: {k: v for k, v in row.items() if k not in ("step", "figures", *SETTINGS)}
   newest = json.loads(json.dumps(rows[-1]))
   lines: dict[str, dict[str, list[tuple[float, float]]]] = {}

@@ -77,7 +77,7 @@ class Comparison:
 
   @property
   def names(self) -> list[str]:
-    """Of all numbers that there will be."""
+    """The names of all numbers that there will be."""
     return [
       figure_name(name, extractor)
       for extractor, figure in self._pairs()
@@ -184,7 +184,7 @@ class Evaluator:
 
   @property
   def names(self) -> list[str]:
-    """Of all numbers that there will be, as `tagged` calls them."""
+    """The names of all numbers that there will be, as `tagged` gives them."""
     return list(
       self.tagged(dict.fromkeys(self.generators, dict.fromkeys(self.comparison.names, 0.0)))
     )

@@ -74,11 +74,11 @@ def export_generator(
 
   The program is a function of (weights, noise [b, H, W, C], labels [b]) that returns bytes
   [b, h, w, c] for any b: what `generator` makes, but for where noise and labels come from. Weights
-  are an argument, for a program that holds them cannot be larger than 2 GB.
+  are an argument, because a program that holds them cannot be larger than 2 GB.
 
   Args:
     folder: must not exist.
-    generator: how to sample; its mesh, seed and batch size are of no account.
+    generator: how to sample; its mesh, seed and batch size do not matter.
     params: of its network.
     platforms: some of `PLATFORMS`, the ones that the program is for.
     record: where the model comes from (config, step, average, ...), all that JSON can say.

@@ -167,7 +167,7 @@ class Generator:
   ) -> tuple[Image, Label]:
     """Images first, ..., first + batch_size - 1 and their labels; to be jitted.
 
-    The decoder is an argument, for weights that a jitted function finds by itself are constants.
+    The decoder is an argument: weights that a jitted function closes over become constants.
     """
     rows = rows_sharding(self.mesh)
     index = jax.lax.with_sharding_constraint(first + jnp.arange(self.batch_size), rows)

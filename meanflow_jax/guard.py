@@ -23,7 +23,7 @@ class GuardState(flax.struct.PyTreeNode):
 
   Attributes:
     means: rolling means of the gradient's norm and of the error.
-    seen: steps that these know of, up to the window.
+    seen: how many steps are in the means, up to the window.
     not_finite: how many of the last steps, without a gap, had values that are not finite.
     offset: batches and draws that roll-backs have passed over.
   """
@@ -67,13 +67,13 @@ class Guard:
         raise ValueError(f"train.guard.{name} must be at least 1, got {getattr(self, name)}")
 
   def init(self) -> GuardState:
-    """Knows of no step."""
+    """The memory before the first step."""
     # Arrays of their own, as all of them are donated.
     zero = lambda: jnp.zeros((), jnp.int32)
     return GuardState(means=jnp.zeros(2), seen=zero(), not_finite=zero(), offset=zero())
 
   def limits(self, state: GuardState) -> Float[Array, "2"]:
-    """Above which the gradient's norm and the error are a spike; infinite until it is awake."""
+    """Above these, the gradient's norm and the error are a spike; infinite in the first window."""
     return jnp.where(state.seen >= self.window, self.factor * state.means, jnp.inf)
 
   def update(

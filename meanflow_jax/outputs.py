@@ -1,4 +1,4 @@
-"""What a run leaves behind: checkpoints, grids of images, figures, and how it takes its leave."""
+"""What a run leaves behind: checkpoints, grids of images, figures, and its last words."""
 
 import dataclasses
 import pathlib

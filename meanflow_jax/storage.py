@@ -78,13 +78,13 @@ def _storage(config: ConfigDict, workdir: pathlib.Path) -> epath.Path:
 def trained_params(
   config: ConfigDict, workdir: pathlib.Path, network: nn.Module, mesh: Mesh, items: Collection[str]
 ) -> tuple[int, dict[str, PyTree], dict[str, Any]]:
-  """The step of `config.sample.checkpoint`, its parameters by item, and the config it is of.
+  """The step of `config.sample.checkpoint`, its parameters by item, and its config.
 
   The parameters are spread by fsdp.
 
   Raises:
     FileNotFoundError: there is no checkpoint.
-    CheckpointError: there is one of another network, or a damaged one alone.
+    CheckpointError: there is one of another network, or only damaged ones.
     ValueError: `sample.checkpoint` is neither newest nor best nor a step.
   """
   which = config.sample.checkpoint

@@ -32,9 +32,9 @@ from meanflow_jax.generate import Decoder, Generator, finite, one_ahead, require
 from meanflow_jax.metrics.summary import Summary
 from meanflow_jax.runtime.mesh import global_batch, local_rows, replicated, rows_sharding
 
-# Images between two writes of the sums: not seconds, for all hosts must write at the same image.
+# Images between two writes of the sums: not seconds, as all hosts must write at the same image.
 SAVE_EVERY = 5_000
-# Of the newest writes. Hosts that end at different moments have one of these in common.
+# How many writes are kept: hosts that stop at different moments have one of them in common.
 KEPT = 3
 
 # What a step makes of a batch: which images are finite, and their features by extractor.
@@ -87,7 +87,7 @@ class Resumable:
       older.unlink()
 
   def discard(self) -> None:
-    """Removes the folder, and the one that it is in with the last."""
+    """Removes the folder, and with the last one its parent."""
     if self.folder is not None and self.folder.exists():
       shutil.rmtree(self.folder)
       with contextlib.suppress(OSError):  # others are in it
@@ -230,7 +230,7 @@ def _add_up(
         name: Summary.of(count, *_local(arrays, first, count), keep=keep)
         for name, arrays in outputs.items()
       }
-      # In one statement, for an interruption must find both or neither.
+      # In one statement: an interruption must find both or neither.
       summaries, done = _sums(summaries, parts), min(first + batch_size, count)
       if done // SAVE_EVERY > saved // SAVE_EVERY:
         resumable.save(done, summaries)
@@ -275,7 +275,7 @@ def _over_hosts(summaries: Summaries) -> Summaries:
 
 
 def _gathered(data: bytes) -> list[bytes]:
-  """The bytes of every host: numbers would lose their second half on the way over the devices."""
+  """The bytes of every host; devices would cut 64-bit numbers to 32 bits."""
   if jax.process_count() == 1:
     return [data]
   sizes = np.atleast_1d(multihost_utils.process_allgather(np.int32(len(data))))

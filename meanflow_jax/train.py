@@ -71,7 +71,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         feed = device_batches(config, source, mesh, position)
         with scene.diagnosing():
           back = advance_to_end(config, state, advance, feed, outputs, stop)
-        state = back and roll_back(train_step, mesh, checkpoints, *back)
+        state = roll_back(train_step, mesh, checkpoints, *back) if back else None
     outputs.announce_end(config.train.steps)
 
 
@@ -83,7 +83,7 @@ def advance_to_end(
   outputs: Outputs,
   stop: StopRequest,
 ) -> tuple[int, int] | None:
-  """Loops over the steps that are left; where a spike ends that, returns whereto to roll back."""
+  """Loops over the steps that are left; returns the step and position to roll back to, if any."""
   last = config.train.steps
   due = lambda cadence, step: cadence and step % cadence == 0 and step != last
   try:
@@ -103,7 +103,7 @@ def advance_to_end(
     outputs.show(last, state)
     outputs.measure(last, state, stop)
   except StoppedError:
-    # A spike of the last moment comes again when the run goes on from the checkpoint before it.
+    # If the last step was a spike, it comes again when the run resumes from the checkpoint before.
     with contextlib.suppress(RollBackError):
       outputs.save(int(state.step), state)
     outputs.leave(outputs.checkpoints.latest_step(), stop)

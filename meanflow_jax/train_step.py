@@ -259,7 +259,7 @@ class TrainStep:
       draws = self.method.draw(stream(self.seed, Purpose.DRAW, position), x, y)
       return draws.r, draws.t
 
-    return jax.jit(drawn)()  # which draws no noise
+    return jax.jit(drawn)()  # the compiler leaves the noise out
 
   def abstract_state(self, mesh: Mesh) -> TrainState:
     """The shapes of a state, and where on a mesh each array lies."""

@@ -58,7 +58,7 @@ def batches(
 
 
 def _tossed(index: int, rng: np.random.Generator) -> tuple[int, bool]:
-  """An item, and whether it is mirrored: of half of them (a Grain random map)."""
+  """An item, and whether to mirror it, as half of them are (a Grain random map)."""
   return index, rng.random() >= 0.5
 
 

@@ -62,7 +62,7 @@ class Checkpoints:
     read_only: bool = False,
   ):
     path = epath.Path(directory)
-    self._directory = path if path.is_absolute() else path.resolve()  # which breaks gs://
+    self._directory = path if path.is_absolute() else path.resolve()  # resolve() breaks gs://
     self._read_only = read_only
     self._writing = -1  # the step of the last save, finished or not
     self._held: int | None = None  # the step whose state the caller holds, as far as we know

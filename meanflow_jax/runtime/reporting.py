@@ -16,7 +16,7 @@ import tensorboardX
 from jaxtyping import Array
 
 Scalars = Mapping[str, float]
-# Sees a step's numbers and lists of numbers; says whether it makes up for what is not finite.
+# Sees a step's numbers and lists of numbers; says whether values that are not finite do no harm.
 Watch = Callable[[int, Scalars, Mapping[str, np.ndarray]], bool]
 
 
@@ -53,7 +53,7 @@ class TensorBoardWriter:
       self._writer.add_images(name, batch, step, dataformats="NHWC")
 
   def flush(self) -> None:
-    """Closes the event file, which alone waits for it; what follows goes into another."""
+    """Closes the event file, as nothing else waits for it; later events go into a new one."""
     self._writer.close()
 
 
@@ -233,7 +233,7 @@ class NonFiniteError(RuntimeError):
 
 
 def unwatched(step: int, scalars: Scalars, lists: Mapping[str, np.ndarray]) -> bool:
-  """Sees nothing, and makes up for nothing."""
+  """Sees nothing; no value that is not finite is harmless."""
   del step, scalars, lists
   return False
 
@@ -278,7 +278,7 @@ class Report:
     """Waits for the last step's metrics; after this the state is known to be good.
 
     Raises:
-      NonFiniteError: if one is NaN or infinite, and `watch` does not make up for it.
+      NonFiniteError: if one is NaN or infinite, and `watch` does not call that harmless.
     """
     if self._pending is None:
       return
