@@ -22,7 +22,7 @@ Watch = Callable[[int, Scalars, Mapping[str, np.ndarray]], bool]
 
 @runtime_checkable
 class Writer(Protocol):
-  """The part of clu's `MetricWriter` that we use."""
+  """The part of clu's `MetricWriter` that we use; what a subclass leaves out does nothing."""
 
   def write_scalars(self, step: int, scalars: Scalars) -> None:
     """Records numbers."""
@@ -34,7 +34,7 @@ class Writer(Protocol):
     """Makes everything so far visible to readers."""
 
 
-class TensorBoardWriter:
+class TensorBoardWriter(Writer):
   """TensorBoard event files; a resumed run hides what an earlier one wrote beyond its step."""
 
   def __init__(self, directory: pathlib.Path, first_step: int):
@@ -57,7 +57,7 @@ class TensorBoardWriter:
     self._writer.close()
 
 
-class JsonLinesWriter:
+class JsonLinesWriter(Writer):
   """One JSON object a line, {"step": ..., name: number, ...}: pandas.read_json(lines=True).
 
   A resumed run drops the lines beyond its step, which it is going to write again.
@@ -74,12 +74,6 @@ class JsonLinesWriter:
     """Records numbers."""
     with self._path.open("a") as file:
       file.write(json.dumps({"step": step, **scalars}) + "\n")
-
-  def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-    """Images have no place in a text file."""
-
-  def flush(self) -> None:
-    """Every line is on disk when it is written."""
 
 
 def write_whole(path: pathlib.Path, text: str) -> None:
@@ -106,7 +100,7 @@ def _step_of(line: str) -> float:
     return math.inf  # a line that a kill cut short
 
 
-class ConsoleWriter:
+class ConsoleWriter(Writer):
   """Numbers as one line of text, but for some that only plots make legible."""
 
   def __init__(self, total_steps: int, hidden: Container[str]):
@@ -118,12 +112,6 @@ class ConsoleWriter:
     numbers = "  ".join(f"{name} {_short(name, value)}" for name, value in shown.items())
     print(f"step {step:{len(str(self._total))}d}/{self._total}  {numbers}", flush=True)
 
-  def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-    """Images have no place in a console."""
-
-  def flush(self) -> None:
-    """Every line is flushed when it is printed."""
-
 
 def _short(name: str, value: float) -> str:
   if name == "eta":
@@ -132,7 +120,7 @@ def _short(name: str, value: float) -> str:
   return f"{value:.0f}" if 1000 <= value < 1e6 else f"{value:.4g}"
 
 
-class WandbWriter:
+class WandbWriter(Writer):
   """Weights & Biases, where it is installed.
 
   Raises:
@@ -163,11 +151,8 @@ class WandbWriter:
     pictures = {name: [self._wandb.Image(i) for i in batch] for name, batch in images.items()}
     self._run.log(pictures, step=step)
 
-  def flush(self) -> None:
-    """W&B sends in the background."""
 
-
-class MultiWriter:
+class MultiWriter(Writer):
   """Several writers as one."""
 
   def __init__(self, writers: list[Writer]):
