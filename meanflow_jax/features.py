@@ -15,7 +15,7 @@ from meanflow_jax.runtime import pretrained
 
 # The values of 8-bit images, 0 to 255, in float32.
 Levels = Float[Array, "B H W C"]
-Outputs = dict[str, Float[Array, "B _"]]
+Features = dict[str, Float[Array, "B _"]]
 
 
 class Extractor(flax.struct.PyTreeNode):
@@ -29,11 +29,11 @@ class Extractor(flax.struct.PyTreeNode):
   """
 
   params: PyTree
-  apply: Callable[[PyTree, Levels], Outputs] = flax.struct.field(pytree_node=False)
+  apply: Callable[[PyTree, Levels], Features] = flax.struct.field(pytree_node=False)
   name: str = flax.struct.field(pytree_node=False)
   convention: str = flax.struct.field(pytree_node=False)
 
-  def __call__(self, levels: Levels) -> Outputs:
+  def __call__(self, levels: Levels) -> Features:
     """The features of a batch, in full precision where a device would round products."""
     with jax.default_matmul_precision("highest"):
       return self.apply(self.params, levels)
@@ -48,7 +48,7 @@ def pixels(*, resolution: int) -> Extractor:
   if resolution < 1:
     raise ValueError(f"evaluate.pixels.resolution must be at least 1, got {resolution}")
 
-  def apply(_: PyTree, levels: Levels) -> Outputs:
+  def apply(_: PyTree, levels: Levels) -> Features:
     return {FEATURES: _pixels(levels / 127.5 - 1, resolution)}
 
   return Extractor((), apply, "pixels", f"pixels at most {resolution} wide")
@@ -81,7 +81,7 @@ def fid_inception(*, weights: str, inputs: str, logits_bias: bool) -> Extractor:
   tensors, origin = pretrained.load_inception(pathlib.Path(weights).expanduser())
   network, prepare = inception.Inception(), inception.CONVENTIONS[inputs]
 
-  def apply(params: PyTree, levels: Levels) -> Outputs:
+  def apply(params: PyTree, levels: Levels) -> Features:
     found = network.apply({"params": params}, prepare(_rgb(levels)))
     logits = found.logits if logits_bias else found.logits_without_bias
     spatial = found.spatial.reshape(len(levels), -1)
@@ -108,7 +108,7 @@ def fd_dinov2(*, weights: str, dtype: str) -> Extractor:
   origin = pretrained.origin(folder / pretrained.DINOV2.weights)
   network = dinov2.from_config(config, dtype=dtype)
 
-  def apply(params: PyTree, levels: Levels) -> Outputs:
+  def apply(params: PyTree, levels: Levels) -> Features:
     token, _ = network.apply({"params": params}, dinov2.preprocess(_rgb(levels)))
     return {FEATURES: token}
 

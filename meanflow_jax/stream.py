@@ -27,7 +27,7 @@ from jaxtyping import Array, Bool, PyTree
 from meanflow_jax.arrays import Image
 from meanflow_jax.data.loader import ordered_batches
 from meanflow_jax.data.sources import Source
-from meanflow_jax.features import Extractor, Outputs
+from meanflow_jax.features import Extractor, Features
 from meanflow_jax.generate import Decoder, Generator, finite, one_ahead, require_finite
 from meanflow_jax.metrics.summary import Summary
 from meanflow_jax.runtime.mesh import global_batch, local_rows, replicated, rows_sharding
@@ -38,11 +38,11 @@ SAVE_EVERY = 5_000
 KEPT = 3
 
 # What a step makes of a batch: which images are finite, and their features by extractor.
-Step = tuple[Bool[Array, "B"], dict[str, Outputs]]
+Step = tuple[Bool[Array, "B"], dict[str, Features]]
 Summaries = dict[str, Summary]
 
 
-def extract(extractors: Sequence[Extractor], levels: Image) -> dict[str, Outputs]:
+def extract(extractors: Sequence[Extractor], levels: Image) -> dict[str, Features]:
   """The features of images given by their levels, 0 to 255; to be jitted."""
   return {extractor.name: extractor(levels) for extractor in extractors}
 
@@ -247,7 +247,7 @@ def _sums(summaries: Summaries, parts: Summaries) -> Summaries:
   return {k: summaries[k] + part if k in summaries else part for k, part in parts.items()}
 
 
-def _local(arrays: Outputs, first: int, count: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def _local(arrays: Features, first: int, count: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
   """This host's images of a step: their numbers, and what there is of them."""
   index, values = _rows(tuple(arrays.values()), first, count)
   return index, dict(zip(arrays, values, strict=True))
