@@ -14,7 +14,7 @@ import operator
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +64,8 @@ class Resumable:
 
   def load(self) -> tuple[int, Summaries]:
     """How many images are done on all hosts, and this host's summaries of them."""
+    if self.folder is None:
+      return 0, {}
     here = self._files()
     on_all = set.intersection(
       *(set(json.loads(d)) for d in _gathered(json.dumps([*here]).encode()))
@@ -95,8 +97,7 @@ class Resumable:
 
   def _files(self) -> dict[int, pathlib.Path]:
     """By number of images, ascending."""
-    found = self.folder.glob("*.npz") if self.folder is not None else ()
-    return dict(sorted((int(path.stem), path) for path in found))
+    return dict(sorted((int(path.stem), path) for path in self.folder.glob("*.npz")))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,11 +135,9 @@ class GeneratedImages:
     Raises:
       ValueError: if an image or a feature is not finite.
     """
-    start, summaries = resumable.load()
     dispatch = functools.partial(self._dispatch, params)
     size = self.generator.batch_size
-    steps = one_ahead(dispatch, range(start, count, size))
-    return _add_up(steps, start, summaries, count, size, keep, resumable, check, title)
+    return _add_up(dispatch, count, size, keep=keep, title=title, resumable=resumable, check=check)
 
   def _dispatch(self, params: PyTree, first: int) -> Step:
     made = self.generator
@@ -188,10 +187,7 @@ def of_source(
     digests.append(sum(map(digest, present)))
     return compiled(extractors, global_batch(mesh, {"image": images})["image"])
 
-  steps = one_ahead(dispatch, range(0, len(source), batch_size))
-  summaries = _add_up(
-    steps, 0, {}, len(source), batch_size, keep, Resumable(None), lambda: None, title
-  )
+  summaries = _add_up(dispatch, len(source), batch_size, keep=keep, title=title)
   return summaries, sum(int(part) for part in _gathered(str(sum(digests)).encode()))
 
 
@@ -208,22 +204,22 @@ def digest(image: np.ndarray) -> int:
 
 
 def _add_up(
-  steps: Iterator[tuple[int, Step]],
-  start: int,
-  summaries: Summaries,
+  dispatch: Callable[[int], Step],
   count: int,
   batch_size: int,
+  *,
   keep: bool,
-  resumable: Resumable,
-  check: Callable[[], None],
   title: str,
+  resumable: Resumable = Resumable(None),
+  check: Callable[[], None] = lambda: None,
 ) -> Summaries:
-  """Adds the images of each step to the summaries; all hosts return those of all images."""
-  done = saved = start
+  """The summaries of `count` images, `batch_size` to a step; the same on all hosts."""
+  done, summaries = resumable.load()
+  saved = done
   settings = {"desc": title, "unit": "image", "leave": False, "disable": None}
-  progress = tqdm.tqdm(total=count, initial=start, **settings)
+  progress = tqdm.tqdm(total=count, initial=done, **settings)
   try:
-    for first, (are_finite, outputs) in steps:
+    for first, (are_finite, outputs) in one_ahead(dispatch, range(done, count, batch_size)):
       progress.update(first - progress.n)
       require_finite(np.asarray(are_finite)[: count - first], first)
       parts = {
