@@ -45,6 +45,11 @@ def checkpoints_folder(config: ConfigDict, workdir: pathlib.Path) -> epath.Path:
   return _storage(config, workdir) / "checkpoints"
 
 
+def best_folder(config: ConfigDict, workdir: pathlib.Path) -> epath.Path:
+  """Where the best parameters of a workdir lie."""
+  return _storage(config, workdir) / "best"
+
+
 def checkpoints(config: ConfigDict, workdir: pathlib.Path, *, read_only: bool) -> Checkpoints:
   """The checkpoints of a workdir.
 
@@ -67,7 +72,7 @@ def checkpoints(config: ConfigDict, workdir: pathlib.Path, *, read_only: bool) -
 
 def best_checkpoint(config: ConfigDict, workdir: pathlib.Path, *, read_only: bool) -> Checkpoints:
   """The parameters that were the best by `config.evaluate.best`, and no others."""
-  folder = _storage(config, workdir) / "best"
+  folder = best_folder(config, workdir)
   return Checkpoints(folder, keep_latest=1, keep_every=None, read_only=read_only)
 
 
@@ -90,20 +95,18 @@ def trained_params(
   which = config.sample.checkpoint
   if which not in ("newest", "best") and not which.isdecimal():
     raise ValueError(f"sample.checkpoint must be newest, best or a step, got {which!r}")
-  folder = _storage(config, workdir) / ("best" if which == "best" else "checkpoints")
+  folder, opened = checkpoints_folder(config, workdir), checkpoints
+  if which == "best":
+    folder, opened = best_folder(config, workdir), best_checkpoint
   shapes = jax.eval_shape(lambda: init_params(network, config.seed, build.image_shape(config)))
   target = abstract(shapes, parameter_shardings(mesh, shapes))
-  restored = None
   if folder.is_dir():
-    best = which == "best"
-    opened = best_checkpoint(config, workdir, read_only=True) if best else None
-    with opened or checkpoints(config, workdir, read_only=True) as saved:
+    with opened(config, workdir, read_only=True) as saved:
       restored = saved.restore(
         dict.fromkeys(items, target),
         step=int(which) if which.isdecimal() else None,
         identity=identity(config),
       )
-      saved_config = saved.config(restored[0]) if restored else {}
-  if restored is None:
-    raise FileNotFoundError(f"no checkpoint in {folder}: train first")
-  return *restored, saved_config
+      if restored:
+        return *restored, saved.config(restored[0])
+  raise FileNotFoundError(f"no checkpoint in {folder}: train first")
