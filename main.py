@@ -21,6 +21,12 @@ from meanflow_jax.runtime import processes
 from meanflow_jax.runtime.checkpoints import CheckpointError
 from meanflow_jax.runtime.reporting import NonFiniteError
 
+LESS_MEMORY = (
+  "Training takes less with a smaller train.batch_size, train.accumulate above 1, "
+  "model.remat=blocks or mesh.fsdp above 1; sampling and evaluation with a smaller "
+  "sample.batch_size. --mode=plan says what fits"
+)
+
 CONFIG = command_line.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.")
 MODE = flags.DEFINE_enum(
@@ -32,6 +38,7 @@ IMAGES = flags.DEFINE_string(
 DISTRIBUTED = flags.DEFINE_bool(
   "distributed", False, "Look for the other processes of a cluster that JAX knows."
 )
+TRACEBACK = flags.DEFINE_bool("traceback", False, "Say of a mistake where it was found.")
 STARTUP_TIMEOUT = flags.DEFINE_integer(
   "startup_timeout", 300, "Seconds that the other processes have to come.", lower_bound=1
 )
@@ -82,11 +89,16 @@ def main(_: list[str]) -> None:
     else:
       sample.run(CONFIG.value, workdir, pathlib.Path(OUT.value).expanduser())
   except (UserError, CheckpointError, NonFiniteError, UnreadableImageError) as error:
+    if TRACEBACK.value:
+      traceback.print_exc()
     sys.exit("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]))
   except KeyboardInterrupt:
-    print("interrupted; the same command continues from the newest checkpoint", file=sys.stderr)
+    print("interrupted; the same command goes on or begins again", file=sys.stderr)
     sys.exit(130)
-  except jax.errors.JaxRuntimeError:
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" in str(error):
+      traceback.print_exc()
+      sys.exit(f"error: a device's memory is full. {LESS_MEMORY}")
     if jax.process_count() == 1:
       raise
     # Most likely another process is lost: waiting for it at exit, as JAX does, would be in vain.

@@ -1,6 +1,7 @@
 """From the sections of a config to the objects of a run; nothing below sees a config."""
 
 import contextlib
+import dataclasses
 import pathlib
 from collections.abc import Iterator
 
@@ -389,6 +390,11 @@ def generator(
       f"guidance of {omega} takes classes, and the model has none (data.num_classes = 0): set "
       "sample.guidance.omega to 1"
     )
+  if omega != 1 and not method.label_dropout.rate:
+    raise ValueError(
+      f"guidance of {omega} takes the velocity without a class, which this config never teaches "
+      "(method.label_dropout.rate = 0): set sample.guidance.omega to 1"
+    )
   interval = settings.guidance.t_min, settings.guidance.t_max
   return Generator(
     network=network,
@@ -415,5 +421,9 @@ def sample_generator(
     FileNotFoundError: the autoencoder's weights are missing.
   """
   omega = config.sample.guidance.omega
-  made = decoder(config, mesh)
-  return generator(config, network, method, mesh, made, grid=grid(config), omega=omega)
+  made = generator(
+    config, network, method, mesh, decoder(config, mesh), grid=grid(config), omega=omega
+  )
+  # Of fewer images than a batch has, no more are made than devices need.
+  needed = -(-config.sample.count // mesh.size) * mesh.size
+  return dataclasses.replace(made, batch_size=min(made.batch_size, needed))

@@ -42,6 +42,7 @@ from meanflow_jax.export import PLATFORMS, export_generator
 from meanflow_jax.models import dit_layouts
 from meanflow_jax.models.torch_layout import Params, Tensors
 from meanflow_jax.runtime import pretrained, weights
+from meanflow_jax.runtime.checkpoints import known_keys
 from meanflow_jax.runtime.downloads import PUBLISHED, download
 from meanflow_jax.runtime.mesh import shardings_of
 from meanflow_jax.runtime.weights import Weights
@@ -160,11 +161,12 @@ def _load(config: ConfigDict, path: pathlib.Path, layout: str, key: str | None) 
 
 
 def _check_identity(path: pathlib.Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+  theirs, ours = known_keys(theirs, ours)
   differences = [
-    f"\n  {section}.{name}: file {theirs.get(section, {}).get(name)}, this config {value}"
-    for section, keys in json.loads(json.dumps(ours)).items()  # as JSON has it: without tuples
+    f"\n  {section}.{name}: file {theirs[section][name]}, this config {value}"
+    for section, keys in ours.items()
     for name, value in keys.items()
-    if theirs.get(section, {}).get(name) != value
+    if theirs[section][name] != value
   ]
   if differences:
     raise ValueError(f"{path} is of another config:" + "".join(differences))

@@ -7,6 +7,8 @@ import sys
 from typing import NoReturn
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
@@ -104,6 +106,20 @@ class Outputs:
         f"{self.workdir}; the final grid is {self.grid_path(step)}"
       )
 
+  def lacks_grid(self, step: int) -> bool:
+    """Whether process 0 finds no grid of a step."""
+    return _agreed(not self.grid_path(step).exists())
+
+  def lacks_figures(self, step: int) -> bool:
+    """Whether process 0 finds no figures of a step, of which there should be some."""
+    path = evaluate.figures_path(self.workdir, step)
+    return _agreed(self.evaluator is not None and not path.exists())
+
   def grid_path(self, step: int) -> pathlib.Path:
     """Where the grid of a step lies."""
     return self.workdir / "samples" / f"step_{step:07d}.png"
+
+
+def _agreed(found: bool) -> bool:
+  """What process 0 found, on all."""
+  return bool(multihost_utils.broadcast_one_to_all(np.asarray(found)))

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import fcntl
 import json
 import pathlib
 from collections.abc import Callable, Iterator
@@ -42,21 +43,20 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     NonFiniteError: a step's loss or gradient is NaN or infinite.
     SystemExit: SIGINT or SIGTERM came, and the state is saved.
   """
-  with build.explaining_mistakes():
-    mesh = build.mesh(config)
-    method = build.method(config)
-    network = build.network(config, mesh)
-    train_step = build.train_step(config, network, method, mesh)
-    generator = build.sample_generator(config, network, method, mesh)
-    shown = storage.ema_item(config, config.sample.ema)
-    source = build.source(config)
-    evaluator = evaluate.make_evaluator(config, network, method, mesh, lambda: source)
-    evaluate.check_best(config, evaluator)
-    claim(workdir)
+  with contextlib.ExitStack() as held:
+    with build.explaining_mistakes():
+      mesh = build.mesh(config)
+      method = build.method(config)
+      network = build.network(config, mesh)
+      train_step = build.train_step(config, network, method, mesh)
+      generator = build.sample_generator(config, network, method, mesh)
+      shown = storage.ema_item(config, config.sample.ema)
+      source = build.source(config)
+      evaluator = evaluate.make_evaluator(config, network, method, mesh, lambda: source)
+      evaluate.check_best(config, evaluator)
+      held.enter_context(claimed(workdir))
+      checkpoints = held.enter_context(storage.checkpoints(config, workdir, read_only=False))
 
-    checkpoints = storage.checkpoints(config, workdir, read_only=False)
-
-  with checkpoints:
     state = restore_or_init(config, train_step, mesh, checkpoints)
     advance, tried = train_step.jitted(mesh), collections.Counter()
     read = lambda number: next(host_batches(config, source, mesh, number))
@@ -65,7 +65,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         first, position = int(state.step), int(state.position)
         scene = Scene(config, workdir, mesh, train_step, read, offset=position - first)
         watch = Spikes(scene, checkpoints, tried) if train_step.guard else unwatched
-        announce(config, state, mesh)
+        announce(config, state, mesh, len(source))
         report = make_report(config, workdir, first, watch)
         outputs = Outputs(config, workdir, checkpoints, report, generator, evaluator, shown)
         feed = device_batches(config, source, mesh, position)
@@ -84,10 +84,15 @@ def advance_to_end(
   stop: StopRequest,
 ) -> tuple[int, int] | None:
   """Loops over the steps that are left; returns the step and position to roll back to, if any."""
-  last = config.train.steps
+  first, last = int(state.step), config.train.steps
   due = lambda cadence, step: cadence and step % cadence == 0 and step != last
   try:
-    for step, batch in zip(range(int(state.step) + 1, last + 1), feed, strict=False):
+    # What a stop right after a checkpoint left undone.
+    if first and due(config.train.sample_every, first) and outputs.lacks_grid(first):
+      outputs.show(first, state)
+    if first and due(config.train.evaluate_every, first) and outputs.lacks_figures(first):
+      outputs.measure(first, state, stop)
+    for step, batch in zip(range(first + 1, last + 1), feed, strict=False):
       with jax.transfer_guard("disallow"):
         state, metrics = advance(state, batch)
       outputs.report.push(step, metrics)
@@ -113,16 +118,29 @@ def advance_to_end(
   return None
 
 
-def claim(workdir: pathlib.Path) -> None:
-  """Makes the run's folders.
+@contextlib.contextmanager
+def claimed(workdir: pathlib.Path) -> Iterator[None]:
+  """Makes the run's folders, and keeps other runs out of them.
 
   Raises:
-    ValueError: if the folder holds a config.json that is not of this project.
+    ValueError: if the folder holds a config.json that is not of this project, or another run is
+      at work in it.
   """
   path = workdir / "config.json"
   if path.exists() and not _is_config(path.read_text()):
     raise ValueError(f"{path} is not a config of this project; choose another --workdir")
   (workdir / "samples").mkdir(parents=True, exist_ok=True)
+  if jax.process_index() != 0:
+    yield
+    return
+  with (workdir / ".lock").open("w") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise ValueError(f"another run is at work in {workdir}; choose another --workdir") from error
+    except OSError:  # a file system without locks
+      pass
+    yield
 
 
 def _is_config(text: str) -> bool:
@@ -211,14 +229,16 @@ def device_batches(
       yield global_batch(mesh, batch)
 
 
-def announce(config: ConfigDict, state: TrainState, mesh: Mesh) -> None:
+def announce(config: ConfigDict, state: TrainState, mesh: Mesh, examples: int) -> None:
   """Says what is going to run."""
+  epochs = config.train.steps * config.train.batch_size / examples
   size = parameter_overview.count_parameters(state.params)
   hosts = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
   if jax.process_index() == 0:
     print(
       f"{size / 1e6:.2f}M parameters on {mesh.size} {jax.default_backend()} device(s){hosts}, "
-      f"batch {config.train.batch_size}, steps {int(state.step)} to {config.train.steps}",
+      f"batch {config.train.batch_size}, steps {int(state.step)} to {config.train.steps} "
+      f"({epochs:.3g} epochs of {examples} images)",
       flush=True,
     )
 

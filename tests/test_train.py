@@ -60,6 +60,7 @@ def names(folder: pathlib.Path) -> list[str]:
 @on_many
 def test_a_run_leaves_everything_where_others_look_for_it(whole: Whole) -> None:
   assert names(whole.workdir) == [
+    ".lock",
     "checkpoints",
     "config.json",
     "figures",
@@ -162,6 +163,30 @@ def test_a_finished_run_can_be_run_again(whole: Whole, tmp_path: pathlib.Path) -
     train.run(tiny(), workdir)
   assert_bitwise_equal(saved_state(workdir, 8), saved_state(whole.workdir, 8))
   assert names(workdir / "checkpoints") == ["4", "8"]
+
+
+@on_many
+def test_a_run_makes_up_for_what_a_stop_left_undone(whole: Whole, tmp_path: pathlib.Path) -> None:
+  config = tiny({"train.evaluate_every": 4})
+  grid, figures = (
+    pathlib.Path(name) for name in ("samples/step_0000004.png", "figures/step_0000004.json")
+  )
+  with devices(*whole.mesh):
+    with after_step(7, crash), pytest.raises(CrashError):
+      train.run(config, tmp_path)
+    measured = (tmp_path / figures).read_text()
+    for path in (grid, figures):
+      (tmp_path / path).unlink()
+    train.run(config, tmp_path)
+  assert (tmp_path / grid).read_bytes() == (whole.workdir / grid).read_bytes()
+  assert (tmp_path / figures).read_text() == measured
+
+
+def test_two_runs_do_not_share_a_workdir(tmp_path: pathlib.Path) -> None:
+  with train.claimed(tmp_path), pytest.raises(build.UserError, match="another run is at work in"):
+    train.run(tiny(), tmp_path)
+  with train.claimed(tmp_path):  # nobody is there any more
+    pass
 
 
 def test_checkpoints_may_lie_elsewhere(tmp_path: pathlib.Path) -> None:

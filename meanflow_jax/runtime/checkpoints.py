@@ -65,6 +65,7 @@ class Checkpoints:
     self._directory = path if path.is_absolute() else path.resolve()  # resolve() breaks gs://
     self._read_only = read_only
     self._writing = -1  # the step of the last save, finished or not
+    self._finished: int | None = None  # the newest step that is known to be on disk
     self._held: int | None = None  # the step whose state the caller holds, as far as we know
     self._kept: list[policies.PreservationPolicy] = [policies.LatestN(keep_latest)]
     if keep_every is not None:
@@ -139,6 +140,7 @@ class Checkpoints:
       self._manager.wait_until_finished()
     except Exception as error:
       raise self._write_failure(error) from error
+    self._finished = self.latest_step()
 
   def restore(
     self,
@@ -207,7 +209,7 @@ class Checkpoints:
     (folder / _MANIFEST).write_text(json.dumps(manifest))
 
   def _write_failure(self, error: Exception) -> CheckpointError:
-    self._held = None
+    newest, self._held = self._finished, None
     # Orbax's manager would repeat the error in later calls; some of its writers may still be busy,
     # so that the folder is removed now if it can be, or else when the next run starts.
     with contextlib.suppress(Exception):
@@ -215,10 +217,12 @@ class Checkpoints:
     if jax.process_index() == 0:
       with contextlib.suppress(OSError):
         self._unfinished_folder().rmtree()
-    self._manager = self._open(cleanup=False)
+    if jax.process_count() == 1:  # of several, all would have to open it, and this one failed
+      self._manager = self._open(cleanup=False)
+      newest = self.latest_step()
     return CheckpointError(
       f"checkpoint {self._writing} could not be written to {self._directory}: {error}\n"
-      f"the newest intact checkpoint is {self.latest_step()}"
+      f"the newest intact checkpoint is {newest}"
     )
 
   def _damage(self, step: int, items: Collection[str]) -> str | None:
@@ -262,12 +266,26 @@ class Checkpoints:
 
   def _require_identity(self, step: int, identity: Mapping[str, Mapping[str, Any]]) -> None:
     config = self.config(step)
-    theirs = {
-      section: {key: config.get(section, {}).get(key) for key in keys}
-      for section, keys in identity.items()
-    }
-    if lines := _differences(_by_name(theirs), _by_name(dict(identity))):
+    if lines := _differences(*map(_by_name, known_keys(config, identity))):
       raise CheckpointError(_listing(f"{self._folder(step)} has another config", lines))
+
+
+def known_keys(
+  config: Mapping[str, Any], identity: Mapping[str, Mapping[str, Any]]
+) -> tuple[PyTree, PyTree]:
+  """What a saved config and an identity say of the keys that both have.
+
+  A key that is younger than the checkpoint says nothing of it; arrays are compared anyway.
+  """
+  both = {
+    section: [key for key in keys if key in config.get(section, {})]
+    for section, keys in identity.items()
+  }
+  theirs, ours = (
+    {section: {key: tree[section][key] for key in keys} for section, keys in both.items() if keys}
+    for tree in (config, identity)
+  )
+  return theirs, json.loads(json.dumps(ours))  # tuples are lists there
 
 
 def _require_same_arrays(item: epath.Path, target: PyTree) -> None:

@@ -10,6 +10,8 @@ import jax
 
 # Seconds without a sign of life after which a process counts as lost.
 HEARTBEAT = 30
+# Seconds that a process which ends by itself waits for the others to do so.
+SHUTDOWN = 60
 # What a launcher starts again (EX_TEMPFAIL of sysexits.h), as whatever a signal ended.
 TRY_AGAIN = 75
 
@@ -47,6 +49,7 @@ def join(*, detect: bool, timeout: int) -> None:
       local_device_ids=local_devices(os.environ),
       initialization_timeout=timeout + 60,
       heartbeat_timeout_seconds=HEARTBEAT,
+      shutdown_timeout_seconds=SHUTDOWN,
     )
   except (ValueError, RuntimeError) as error:
     raise ValueError(
