@@ -240,29 +240,38 @@ def figures_path(workdir: pathlib.Path, step: int) -> pathlib.Path:
   return workdir / "figures" / f"step_{step:07d}.json"
 
 
-def is_best(workdir: pathlib.Path, name: str, value: float) -> bool:
-  """Whether a figure is better than that of the checkpoint in `best/`; all hosts agree on it."""
+def conditions_of(row: Row) -> Row:
+  """What figures must have in common to be compared: all that is the same in a table."""
+  shared = {k: v for k, v in row.items() if k not in ("step", "figures", *SETTINGS)}
+  return json.loads(json.dumps(shared))  # as it is stored
+
+
+def is_best(workdir: pathlib.Path, name: str, value: float, conditions: Row) -> bool:
+  """Whether a figure is better than that of the checkpoint in `best/`; all hosts agree on it.
+
+  It is, too, where that one was of another kind, or was found under other conditions.
+  """
   path = workdir / "best.json"
   known = json.loads(path.read_text()) if path.exists() else {}
   sign = 1 if name.startswith(HIGHER_IS_BETTER) else -1
-  better = known.get("figure") != name or sign * value > sign * known["value"]
+  alike = (known.get("figure"), known.get("conditions")) == (name, conditions)
+  better = not alike or sign * value > sign * known["value"]
   return bool(multihost_utils.broadcast_one_to_all(np.asarray(better)))
 
 
-def note_best(workdir: pathlib.Path, step: int, name: str, value: float) -> None:
+def note_best(workdir: pathlib.Path, step: int, name: str, value: float, conditions: Row) -> None:
   """Stores which checkpoint lies in `best/`, and why."""
-  record = {"step": step, "figure": name, "value": value}
+  record = {"step": step, "figure": name, "value": value, "conditions": conditions}
   write_whole(workdir / "best.json", json.dumps(record) + "\n")
 
 
 def plot_history(workdir: pathlib.Path, rows: list[Row]) -> None:
   """Draws every figure against the step, up to that of `rows`, from all rows made alike."""
-  alike = lambda row: {k: v for k, v in row.items() if k not in ("step", "figures", *SETTINGS)}
-  newest = json.loads(json.dumps(rows[-1]))
+  newest, conditions = rows[-1], conditions_of(rows[-1])
   lines: dict[str, dict[str, list[tuple[float, float]]]] = {}
   for path in sorted((workdir / "figures").glob("step_*.json")):
     for row in read_rows(path):
-      if row["step"] <= newest["step"] and alike(row) == alike(newest):
+      if row["step"] <= newest["step"] and conditions_of(row) == conditions:
         for name, value in row["figures"].items():
           label = f"{row['nfe']} NFE, EMA {row['ema']:g}, guidance {row['omega']:g}"
           lines.setdefault(name, {}).setdefault(label, []).append((float(row["step"]), value))

@@ -66,19 +66,22 @@ class Outputs:
       with build.explaining_mistakes():
         found = self.evaluator(items, check=stop.check)
       figures = self.evaluator.tagged(found)
+      guidance = self.config.method.guidance
+      rows = evaluate.rows_of(self.config, step, self.evaluator, found, guidance.to_dict())
       if jax.process_index() == 0:
-        guidance = self.config.method.guidance
-        rows = evaluate.rows_of(self.config, step, self.evaluator, found, guidance.to_dict())
         evaluate.write_rows(evaluate.figures_path(self.workdir, step), rows)
         evaluate.plot_history(self.workdir, rows)
       self.report.writer.write_scalars(step, figures)
       if self.config.evaluate.best:
-        self.keep_if_best(step, items, figures)
+        value = figures[self.config.evaluate.best]
+        self.keep_if_best(step, items, value, evaluate.conditions_of(rows[0]))
 
-  def keep_if_best(self, step: int, items: dict[str, PyTree], figures: dict[str, float]) -> None:
+  def keep_if_best(
+    self, step: int, items: dict[str, PyTree], value: float, conditions: evaluate.Row
+  ) -> None:
     """Keeps the parameters of a step whose figure is the best of all until now."""
     name = self.config.evaluate.best
-    if not evaluate.is_best(self.workdir, name, figures[name]):
+    if not evaluate.is_best(self.workdir, name, value, conditions):
       return
     params = {name: tree for name, tree in items.items() if name not in ("opt_state", "guard")}
     with storage.best_checkpoint(self.config, self.workdir, read_only=False) as best:
@@ -86,7 +89,7 @@ class Outputs:
       best.drop_from(step)
       best.save(step, params, self.config.to_dict())
     if jax.process_index() == 0:
-      evaluate.note_best(self.workdir, step, name, figures[name])
+      evaluate.note_best(self.workdir, step, name, value, conditions)
 
   def leave(self, step: int, stop: StopRequest) -> NoReturn:
     """Ends the process once the checkpoint is on disk."""

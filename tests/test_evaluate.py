@@ -162,6 +162,7 @@ def test_the_best_checkpoint_is_kept_and_sampled(tmp_path: pathlib.Path) -> None
   best = min(figures, key=figures.__getitem__)
   noted = json.loads((tmp_path / "run" / "best.json").read_text())
   step = int(best.removeprefix("step_"))
+  assert noted.pop("conditions")["count"] == 32
   assert noted == {"step": step, "figure": name, "value": figures[best]}
   with storage.best_checkpoint(config, tmp_path / "run", read_only=True) as saved:
     assert saved.steps() == [step]
@@ -182,20 +183,23 @@ def test_the_best_checkpoint_is_kept_and_sampled(tmp_path: pathlib.Path) -> None
 def test_the_better_figure_is_that_of_the_better_images(
   tmp_path: pathlib.Path, name: str, worse: float, better: float
 ) -> None:
-  assert evaluate.is_best(tmp_path, name, worse)
-  evaluate.note_best(tmp_path, 1, name, worse)
-  assert evaluate.is_best(tmp_path, name, better)
-  assert not evaluate.is_best(tmp_path, name, worse)
-  evaluate.note_best(tmp_path, 2, name, better)
-  assert not evaluate.is_best(tmp_path, name, worse)
-  assert evaluate.is_best(tmp_path, "another_nfe1", worse)
+  alike = {"count": 50, "rounding": "adm"}
+  assert evaluate.is_best(tmp_path, name, worse, alike)
+  evaluate.note_best(tmp_path, 1, name, worse, alike)
+  assert evaluate.is_best(tmp_path, name, better, alike)
+  assert not evaluate.is_best(tmp_path, name, worse, alike)
+  evaluate.note_best(tmp_path, 2, name, better, alike)
+  assert not evaluate.is_best(tmp_path, name, worse, alike)
+  assert evaluate.is_best(tmp_path, "another_nfe1", worse, alike)
+  assert evaluate.is_best(tmp_path, name, worse, alike | {"count": 500})
 
 
 def test_a_best_checkpoint_of_a_later_step_gives_way(tmp_path: pathlib.Path) -> None:
   """As after resuming from before it, or with another figure."""
   config = tiny({"train.evaluate_every": 4, "evaluate.best": "frechet_pixels_nfe1"})
   train.run(config, tmp_path / "run")
-  evaluate.note_best(tmp_path / "run", 9, "frechet_pixels_nfe1", 1e9)
+  best = json.loads((tmp_path / "run" / "best.json").read_text())
+  evaluate.note_best(tmp_path / "run", 9, best["figure"], 1e9, best["conditions"])
   train.run(config, tmp_path / "run")  # measures the last step again
   with storage.best_checkpoint(config, tmp_path / "run", read_only=True) as saved:
     assert saved.steps() == [8]
