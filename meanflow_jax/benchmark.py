@@ -8,6 +8,7 @@ are unrolled.
 
 import dataclasses
 import itertools
+import math
 import statistics
 import sys
 import time
@@ -124,10 +125,7 @@ def show_measured(config: ConfigDict, train_step: TrainStep, mesh: Mesh) -> None
   steps = {"ours": train_step}
   if PLAIN.value:
     steps["plain"] = plain_step(config, train_step, mesh)
-  executables = {
-    name: Executable.of(steps[name], batch, mesh)
-    for name in tqdm.tqdm(steps, "compiling", leave=False, disable=None)
-  }
+  executables = compile_all(steps, batch, mesh)
   seconds = time_in_turns(executables, train_step.new_state(mesh), batch)
   images = config.train.batch_size
   rows = [
@@ -145,6 +143,26 @@ def show_measured(config: ConfigDict, train_step: TrainStep, mesh: Mesh) -> None
     print(f"MFU is of {chip.flops / 1e12:g} TFLOP/s, the peak of one {chip.name} in bfloat16")
   print(table(rows))
   print(input_rate(config, mesh, images / seconds["ours"]))
+
+
+def compile_all(steps: Mapping[str, TrainStep], batch: Batch, mesh: Mesh) -> dict[str, Executable]:
+  """Compiles the steps, and says of the plain one if it does not fit.
+
+  Raises:
+    ValueError: ours does not.
+  """
+  limit = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit", math.inf)
+  fitting = {}
+  for name in tqdm.tqdm(steps, "compiling", leave=False, disable=None):
+    made = Executable.of(steps[name], batch, mesh)
+    if made.memory <= limit:
+      fitting[name] = made
+      continue
+    why = f"{name}: {made.memory / 1e9:.1f} GB do not fit into {limit / 1e9:.1f} GB"
+    if name == "ours":
+      raise ValueError(f"{why}: lower --batch")
+    print(why)
+  return fitting
 
 
 def time_in_turns(
