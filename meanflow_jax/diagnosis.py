@@ -99,12 +99,11 @@ class Spikes:
 
   Args:
     scene: the stretch of the run.
-    checkpoints: of the run.
-    tried: how often the run was rolled back to each of them; is kept up to date.
+    checkpoints: of the run; they know how often it was rolled back to which of them.
   """
 
-  def __init__(self, scene: Scene, checkpoints: Checkpoints, tried: collections.Counter[int]):
-    self._scene, self._checkpoints, self._tried = scene, checkpoints, tried
+  def __init__(self, scene: Scene, checkpoints: Checkpoints):
+    self._scene, self._checkpoints = scene, checkpoints
     self._guard = scene.train_step.guard
     params = scene.train_step.abstract_state(scene.mesh).params
     self._parts = part_names(params)
@@ -122,7 +121,8 @@ class Spikes:
     if not scalars["spike"]:
       return False
     target = self._target(step) if self._guard.action == "roll_back" else None
-    outcome = self._outcome(target)
+    last_try = target is not None and self._checkpoints.returns(target)[0] >= TRIES
+    outcome = "the run ends" if last_try else self._outcome(target)
     where = self._write(step, scalars, lists, outcome)
     if jax.process_index() == 0:
       seen = ", ".join(
@@ -132,8 +132,7 @@ class Spikes:
       print(f"warning: step {step} is a spike: {seen}: {outcome}; {where}", flush=True)
     if target is None:
       return self._guard.action == "skip"
-    self._tried[target] += 1
-    if self._tried[target] > TRIES:
+    if last_try:
       raise build.UserError(
         f"step {step} is a spike, after {TRIES} roll-backs to step {target}, each with other data: "
         f"this is not a matter of single batches; {where}"
@@ -154,8 +153,6 @@ class Spikes:
       return "its update is left out"
     if target is None:
       return f"its update stays, as no checkpoint is {self._guard.steps_back} steps older"
-    if self._tried[target] >= TRIES:
-      return "the run ends"
     return f"back to step {target}, and on with other data"
 
   def _write(

@@ -1,6 +1,5 @@
 """Trains: builds the parts of a run, restores the newest checkpoint, then loops over steps."""
 
-import collections
 import contextlib
 import fcntl
 import json
@@ -32,7 +31,6 @@ from meanflow_jax.train_step import (
   to_items,
 )
 
-
 def run(config: ConfigDict, workdir: pathlib.Path) -> None:
   """Trains to `config.train.steps`, from the newest checkpoint in `workdir` if there is one.
 
@@ -58,13 +56,13 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
       checkpoints = held.enter_context(storage.checkpoints(config, workdir, read_only=False))
 
     state = restore_or_init(config, train_step, mesh, checkpoints)
-    advance, tried = train_step.jitted(mesh), collections.Counter()
+    advance = train_step.jitted(mesh)
     read = lambda number: next(host_batches(config, source, mesh, number))
     with StopRequest() as stop:
       while state is not None:  # once, but for roll-backs
         first, position = int(state.step), int(state.position)
         scene = Scene(config, workdir, mesh, train_step, read, offset=position - first)
-        watch = Spikes(scene, checkpoints, tried) if train_step.guard else unwatched
+        watch = Spikes(scene, checkpoints) if train_step.guard else unwatched
         announce(config, state, mesh, len(source))
         report = make_report(config, workdir, first, watch)
         outputs = Outputs(config, workdir, checkpoints, report, generator, evaluator, shown)
@@ -152,10 +150,7 @@ def _is_config(text: str) -> bool:
 
 
 def restore_or_init(
-  config: ConfigDict,
-  train_step: TrainStep,
-  mesh: Mesh,
-  checkpoints: Checkpoints,
+  config: ConfigDict, train_step: TrainStep, mesh: Mesh, checkpoints: Checkpoints
 ) -> TrainState:
   """The newest state on disk, or a new one.
 
@@ -172,35 +167,37 @@ def restore_or_init(
     raise build.UserError(
       f"the checkpoint is at step {step}, beyond train.steps {config.train.steps}"
     )
-  return state_of(train_step, mesh, step, items)
-
-
-def state_of(train_step: TrainStep, mesh: Mesh, step: int, items: dict[str, PyTree]) -> TrainState:
-  """The state of a checkpoint; one that was made without a guard has no memory of it."""
-  state = from_items(items, replicate(mesh, np.int32(step)))
-  if train_step.guard is None or state.guard is not None:
-    return state
-  return state.replace(guard=replicate(mesh, train_step.guard.init()))
+  return state_of(train_step, mesh, checkpoints, step, items)
 
 
 def roll_back(
-  train_step: TrainStep,
-  mesh: Mesh,
-  checkpoints: Checkpoints,
-  step: int,
-  position: int,
+  train_step: TrainStep, mesh: Mesh, checkpoints: Checkpoints, step: int, position: int
 ) -> TrainState:
   """The state of a checkpoint, with other data ahead; younger checkpoints are deleted.
+
+  A run that is killed in here either meets the same spike again, or goes on as this one would.
 
   Raises:
     CheckpointError: it is damaged.
   """
   targets = to_items(train_step.abstract_state(mesh))
   _, items = checkpoints.restore(targets, step=step, optional={"guard"})
-  checkpoints.drop_from(step + 1)
-  state = state_of(train_step, mesh, step, items)
-  offset = replicate(mesh, np.int32(position - step))
-  return state.replace(guard=state.guard.replace(offset=offset))
+  checkpoints.go_back(step, position)
+  return state_of(train_step, mesh, checkpoints, step, items)
+
+
+def state_of(
+  train_step: TrainStep, mesh: Mesh, checkpoints: Checkpoints, step: int, items: dict[str, PyTree]
+) -> TrainState:
+  """The state of a checkpoint; where it lacks a guard's memory, that begins anew."""
+  state = from_items(items, replicate(mesh, np.int32(step)))
+  if train_step.guard is None:
+    return state
+  guard = state.guard or replicate(mesh, train_step.guard.init())
+  returns, position = checkpoints.returns(step)
+  if returns:  # after this state was saved, so that it does not know
+    guard = guard.replace(offset=replicate(mesh, np.int32(position - step)))
+  return state.replace(guard=guard)
 
 
 def host_batches(

@@ -4,12 +4,14 @@ import collections
 import functools
 import json
 import math
+import os
 import pathlib
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,23 +21,33 @@ from PIL import Image
 from configs import base
 from meanflow_jax import build, command_line, diagnosis, train
 from meanflow_jax.data.sources import Digits
-from meanflow_jax.data.transforms import Example
 from meanflow_jax.guard import ACTIONS, PATIENCE, Guard, GuardState, part_names, part_norms
 from meanflow_jax.methods.meanflow import MeanFlow
-from meanflow_jax.outputs import Outputs
 from meanflow_jax.runtime.checkpoints import Checkpoints
 from meanflow_jax.runtime.mesh import global_batch
 from meanflow_jax.runtime.reporting import NonFiniteError, Report
 from meanflow_jax.train_step import TrainState, TrainStep, from_items, to_items
 from tests.runs import (
+  ROOT,
   assert_bitwise_equal,
   assert_close,
   comparable,
-  devices,
+  finish,
   logged,
   mesh_of,
   tiny,
   train_step,
+)
+from tests.spiked import (
+  FAR_BACK,
+  MANY,
+  MOMENTS,
+  ONE,
+  STEPS,
+  Affine,
+  Spiked,
+  config_of,
+  trained,
 )
 from tests.tiny import dit, random_params
 
@@ -162,96 +174,12 @@ def test_keys_are_read_where_the_action_says_so(action: str) -> None:
 
 # In a run: twelve steps, saved at 4, 8 and 12 (of "skip": at each); the guard wakes after 4.
 
-STEPS = 12
-ONE, MANY = (1, 1), (2, 4)
-
-
-class Affine(nn.Module):
-  """A network of two layers that compiles in no time."""
-
-  @nn.compact
-  def __call__(self, z: jax.Array, t: jax.Array, h: jax.Array, y: jax.Array) -> jax.Array:
-    layers = self.param("blocks", nn.initializers.normal(0.3), (2, *z.shape[1:]))
-    times = self.param("times", nn.initializers.normal(), (2,))
-    table = self.param("label_embedder", nn.initializers.normal(), (11,))
-    shift = times[0] * t + times[1] * h + table[y]
-    return z * (1 + layers[0])[None] * layers[1][None] + shift[:, None, None, None]
-
 
 @pytest.fixture(autouse=True, scope="module")
 def small_network() -> Iterator[None]:
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(build, "network", lambda config, mesh: Affine())
     yield
-
-
-def config_of(action: str, **changes: Any) -> Any:
-  settings = {
-    "train.steps": STEPS,
-    "train.log_every": 1,
-    "train.sample_every": 0,
-    "evaluate.count": 0,
-    "train.checkpoint_every": 1 if action == "skip" else 4,
-    "checkpoint.keep_latest": 12 if action == "skip" else 3,
-  }
-  if action != "off":
-    guard = {"action": action, "window": 4, "steps_back": 2}
-    settings |= {f"train.guard.{key}": value for key, value in guard.items()}
-  return tiny(settings | changes)
-
-
-class Spiked:
-  """The digits; the images of some are far too large."""
-
-  num_classes = 10
-
-  def __init__(self, indices: set[int], factor: float):
-    self._digits, self._indices, self._factor = Digits(split="train"), indices, factor
-
-  def __len__(self) -> int:
-    return len(self._digits)
-
-  def __getitem__(self, index: int) -> Example:
-    example = self._digits[index]
-    if index not in self._indices:
-      return example
-    return {**example, "image": example["image"] * np.float32(self._factor)}
-
-
-class Numbered:
-  """As many items as there are digits, whose image says which it is."""
-
-  num_classes = 10
-
-  def __len__(self) -> int:
-    return len(Digits(split="train"))
-
-  def __getitem__(self, index: int) -> Example:
-    return {"image": np.full((8, 8, 1), index, np.float32), "label": np.int32(0)}
-
-
-@functools.cache
-def items_of(number: int) -> frozenset[int]:
-  """Which items make the batch of a number."""
-  batch = next(train.host_batches(tiny(), Numbered(), mesh_of(1, 1), number))
-  return frozenset(batch["image"][:, 0, 0, 0].astype(int).tolist())
-
-
-def trained(
-  workdir: pathlib.Path,
-  config: Any,
-  *,
-  spikes: tuple[int, ...] = (),
-  factor: float = 1e3,
-  mesh: tuple[int, int] = ONE,
-) -> pathlib.Path:
-  """Trains; the batches of some numbers hold images that are much too large."""
-  indices = {index for number in spikes for index in items_of(number)}
-  with devices(*mesh), pytest.MonkeyPatch.context() as patch:
-    patch.setattr(build, "source", lambda config: Spiked(indices, factor))
-    patch.setattr(Outputs, "show", lambda *_: None)  # grids take longer than all else
-    train.run(config, workdir)
-  return workdir
 
 
 def state_at(workdir: pathlib.Path, config: Any, step: int) -> TrainState:
@@ -487,12 +415,76 @@ def test_without_one_what_is_not_finite_stops_the_run(tmp_path: pathlib.Path) ->
     trained(tmp_path, config, spikes=(6,), factor=math.nan)
 
 
-def test_the_same_place_is_rolled_back_to_a_few_times_only(tmp_path: pathlib.Path) -> None:
-  numbers = tuple(range(6, 60))
-  with pytest.raises(build.UserError, match="after 3 roll-backs to step 4") as caught:
-    trained(tmp_path, config_of("roll_back"), spikes=numbers)
-  assert "spikes" in str(caught.value)
-  assert steps_saved(tmp_path) == [4]
+def test_the_same_place_is_rolled_back_to_a_few_times_only(
+  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """However often the run is started again."""
+  returned, roll_back = [], train.roll_back
+  monkeypatch.setattr(train, "roll_back", lambda *args: returned.append(1) or roll_back(*args))
+  for _ in range(2):
+    with pytest.raises(build.UserError, match="after 3 roll-backs to step 4") as caught:
+      trained(tmp_path, config_of("roll_back"), spikes=tuple(range(6, 60)))
+    assert "spikes" in str(caught.value)
+    assert steps_saved(tmp_path) == [4]
+    assert len(returned) == 3
+  facts = json.loads((tmp_path / "spikes" / "step_0000006.json").read_text())
+  assert facts["outcome"] == "the run ends"
+
+
+def test_memory_and_roll_backs_are_found_where_the_checkpoints_lie(
+  runs: Any, tmp_path: pathlib.Path
+) -> None:
+  config = config_of("roll_back", **{"checkpoint.path": str(tmp_path / "elsewhere")})
+  patch = stopped_after(5, times=2)  # after the roll-back from step 7
+  with pytest.raises(SystemExit):
+    trained(tmp_path / "run", config, spikes=(6,))
+  patch.undo()
+  trained(tmp_path / "run", config, spikes=(6,))
+  states = (state_at(path, config, STEPS) for path in (tmp_path / "elsewhere", runs("roll_back")))
+  assert_bitwise_equal(*states)
+
+
+def live(workdir: pathlib.Path, *moment: str) -> tuple[int, str]:
+  """A run with a spike in a process of its own, perhaps killed; exit status and what it said."""
+  process = subprocess.Popen(
+    [sys.executable, "-m", "tests.spiked", str(workdir), *moment],
+    cwd=ROOT,
+    env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  status, output, errors = finish(process)
+  return status, output + errors
+
+
+@pytest.mark.slow
+def test_kills_around_a_roll_back_change_not_one_bit(tmp_path: pathlib.Path) -> None:
+  calm, rough = tmp_path / "calm", tmp_path / "rough"
+  status, said = live(calm)
+  assert status == 0, said
+  assert said.count("is a spike") == 1
+  starts, spikes = {}, {}
+  for moment in MOMENTS:
+    status, said = live(rough, moment)
+    assert status == -signal.SIGKILL, (moment, said)
+    starts[moment] = int(said.split("steps ")[1].split()[0])
+    spikes[moment] = said.count("is a spike")
+  # Until the roll-back is noted each life meets the spike, and from then on none does.
+  noted = list(MOMENTS).index("after the roll-back")
+  assert list(starts.values()) == [0, 10, 10, 8, 8, 4, 4, 4]
+  assert list(spikes.values()) == [1] * (noted + 1) + [0] * (len(MOMENTS) - noted - 1)
+  status, said = live(rough)
+  assert status == 0, said
+  assert "is a spike" not in said
+  config = config_of("roll_back", **FAR_BACK)
+  assert steps_saved(rough) == steps_saved(calm) == [2, 4, 6, 8, 10, 12]
+  for step in steps_saved(calm):
+    assert_bitwise_equal(*(state_at(workdir, config, step) for workdir in (rough, calm)))
+  note = json.loads((rough / "checkpoints" / "4" / "returns.json").read_text())
+  assert note == {"times": 1, "position": 11}
+  assert lines(rough) == lines(calm)
+  assert [path.name for path in (rough / "checkpoints_damaged").iterdir()] == ["10"]
 
 
 def test_files_are_written_of_a_limited_number_of_spikes(

@@ -5,6 +5,7 @@ On disk everything is Orbax's own format, but for the manifest:
   <directory>/<step>/<item>/        one Orbax item per named tree, so that each restores alone
   <directory>/<step>/config/        the run's config, as JSON
   <directory>/<step>/manifest.json  the size of every file, and a checksum of its two ends
+  <directory>/<step>/returns.json   how often a run went back to this step, and with what ahead
   <directory>_damaged/<step>/       what did not match its manifest: moved aside, never deleted
 
 The manifest is there because Orbax notices a damaged file late, with the same bare `Exception`
@@ -33,6 +34,7 @@ PyTree = Any
 Manifest = dict[str, dict[str, list[int]]]  # item -> file -> [size, checksum]
 
 _MANIFEST = "manifest.json"
+_RETURNS = "returns.json"
 _CONFIG = "config"
 _END = 4096
 _log = logging.getLogger(__name__)
@@ -125,10 +127,33 @@ class Checkpoints:
   def drop_from(self, step: int) -> None:
     """Deletes the checkpoints of a step and of all later ones, which `save` would not take."""
     self.wait()
-    for later in self.steps():
+    for later in reversed(self.steps()):  # what a kill leaves is the past of one run
       if later >= step:
         self._manager.delete(later)
         self._held = None
+
+  def go_back(self, step: int, position: int) -> None:
+    """Deletes all later checkpoints, and notes with this one from which batch a run goes on.
+
+    A run that is killed before its next save finds the note; it lasts as long as the checkpoint.
+    """
+    times, _ = self.returns(step)
+    self.drop_from(step + 1)
+    if jax.process_index() == 0:
+      note = self._folder(step) / _RETURNS
+      partial = note.with_name(f"{note.name}.partial")
+      partial.write_text(json.dumps({"times": times + 1, "position": position}))
+      partial.replace(note)
+    multihost_utils.sync_global_devices(f"back to checkpoint {step}")
+
+  def returns(self, step: int) -> tuple[int, int]:
+    """How often a run went back to a checkpoint, and the last time with which batch; or zeros."""
+    found, note = {"times": 0, "position": 0}, self._folder(step) / _RETURNS
+    if jax.process_index() == 0 and note.exists():
+      found = json.loads(note.read_text())
+    said = np.array([found["times"], found["position"]], np.int32)
+    times, position = multihost_utils.broadcast_one_to_all(said)  # one verdict for all processes
+    return int(times), int(position)
 
   def wait(self) -> None:
     """Blocks until the save in progress is on disk.
