@@ -19,7 +19,7 @@ from meanflow_jax.guard import Guard, GuardState, part_norms
 from meanflow_jax.methods.meanflow import Draws, MeanFlow
 from meanflow_jax.methods.row_groups import RowGroups
 from meanflow_jax.models.autoencoder import sample_latent, scale_latents
-from meanflow_jax.runtime.mesh import abstract, parameter_shardings, replicated, shardings_of
+from meanflow_jax.runtime.mesh import FSDP, abstract, parameter_shardings, replicated, shardings_of
 
 SCHEDULES = ("constant", "cosine")
 
@@ -199,7 +199,11 @@ class TrainStep:
     )
 
   def __call__(
-    self, state: TrainState, batch: Batch, constrain: Callable[[PyTree], PyTree] = lambda x: x
+    self,
+    state: TrainState,
+    batch: Batch,
+    constrain: Callable[[PyTree], PyTree] = lambda x: x,
+    shards: int = 1,
   ) -> tuple[TrainState, Metrics]:
     """Takes one step; the metrics belong to the parameters before it.
 
@@ -207,12 +211,14 @@ class TrainStep:
       state: the state before it.
       batch: images and labels.
       constrain: fixes the sharding of gradients.
+      shards: of how many equal parts of the batch there is a gradient each, before their mean.
     """
     with jax.named_scope("draws"):
       key = stream(self.seed, Purpose.LATENT, state.position)
       x, y = self.inputs(key, batch["image"]), batch["label"]
       draws = self.method.draw(stream(self.seed, Purpose.DRAW, state.position), x, y)
-    (loss, metrics), grads = self._gradient(state.params, x, y, draws, constrain)
+    gradient = mean_of_shards(functools.partial(self._gradient, constrain), shards)
+    (loss, metrics), grads = gradient(state.params, x, y, draws)
     with jax.named_scope("optimizer"):
       updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
       params = optax.apply_updates(state.params, updates)
@@ -274,16 +280,17 @@ class TrainStep:
     """The step on a mesh; the state it is given is donated."""
     shardings = shardings_of(self.abstract_state(mesh))
     constrain = lambda grads: jax.lax.with_sharding_constraint(grads, shardings.params)
-    step = functools.partial(self, constrain=constrain)
+    shards = mesh.size if mesh.shape[FSDP] == 1 else 1
+    step = functools.partial(self, constrain=constrain, shards=shards)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
 
   def _gradient(
     self,
+    constrain: Callable[[PyTree], PyTree],
     params: PyTree,
     x: Image,
     y: Label,
     draws: Draws,
-    constrain: Callable[[PyTree], PyTree],
   ) -> tuple[tuple[Scalar, Metrics], PyTree]:
     """Loss, metrics and gradient, averaged over the microbatches."""
 
@@ -304,6 +311,22 @@ class TrainStep:
       jax.eval_shape(gradient, params, *jax.tree.map(lambda a: a[0], parts)),
     )
     return jax.lax.scan(lambda sum_, p: (add(sum_, gradient(params, *p)), None), zeros, parts)[0]
+
+
+def mean_of_shards(gradient: Callable[..., PyTree], shards: int) -> Callable[..., PyTree]:
+  """A function of parameters and rows [B, ...], as the mean of its values on parts of the rows.
+
+  Where each part is on a device of its own, and each has all parameters, that is one sum over the
+  devices. Left to itself the compiler sums each gradient that there is: one of the rows with r = t
+  and one of the others, of each microbatch.
+  """
+
+  def mean(params: PyTree, *rows: PyTree) -> PyTree:
+    parts = jax.tree.map(lambda x: x.reshape(shards, -1, *x.shape[1:]), rows)
+    values = jax.vmap(functools.partial(gradient, params))(*parts)
+    return jax.tree.map(lambda x: x.mean(axis=0), values)
+
+  return gradient if shards == 1 else mean
 
 
 def microbatches(rows: PyTree, count: int, groups: RowGroups) -> PyTree:

@@ -42,10 +42,15 @@ def test_figures_are_those_of_one_device(figures):
   assert figures.traffic > 0
 
 
-def test_gradients_are_summed_over_the_devices(figures):
-  mesh = mesh_of(8, 1)
-  params = train_step(tiny(), mesh).abstract_state(mesh).params
-  assert figures.program.collectives["all-reduce"].size >= device_bytes(params)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_gradients_are_summed_over_the_devices_once(accumulate):
+  """Not those of rows with r = t, of rows with r < t and of microbatches each by themselves."""
+  config, mesh = tiny({"train.accumulate": accumulate, "train.batch_size": 32}), mesh_of(8, 1)
+  step = train_step(config, mesh)
+  figures = compile_step(step, build.abstract_batch(config, mesh), mesh)
+  gradients, metrics = device_bytes(step.abstract_state(mesh).params), 100
+  assert figures.program.collectives.keys() == {"all-reduce"}
+  assert gradients <= figures.program.collectives["all-reduce"].size <= gradients + metrics
 
 
 def test_bytes_are_those_of_a_shard():

@@ -244,19 +244,48 @@ def test_layers_are_gathered_one_at_a_time(capfd: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.tpu
-@pytest.mark.parametrize("remat", ["none", "matmuls", "blocks"])
-def test_a_tpu_gathers_layers_and_scatters_gradients(remat: str) -> None:
-  mesh = make_mesh(2, 4, tpu_devices("v5p:2x2x2"))
+@pytest.mark.parametrize(
+  ("name", "data", "fsdp", "remat"),
+  [
+    ("v5p:2x2x2", 2, 4, "none"),
+    ("v5p:2x2x2", 2, 4, "matmuls"),
+    ("v5p:2x2x2", 2, 4, "blocks"),
+    ("v5e:2x4", 1, 8, "matmuls"),
+  ],
+)
+def test_a_tpu_gathers_layers_and_scatters_gradients(
+  name: str, data: int, fsdp: int, remat: str
+) -> None:
+  mesh = make_mesh(data, fsdp, tpu_devices(name))
   text = compiled(network(remat=remat), mesh).as_text()
-  assert_gathers_a_layer_at_a_time(text, fsdp=4)
+  assert_gathers_a_layer_at_a_time(text, fsdp)
   kernels, scattered = {times * WIDTH**2 for times in OF_A_LAYER.values()}, set()
-  parts = {size // 4 for size in kernels}  # which are summed over data
+  parts = {size // fsdp for size in kernels}  # which are summed over data
   for kind, place, sizes in collectives(text):
     if kind == "all-reduce" and "all-reduce-scatter" in place:  # the TPU's reduce-scatter
       scattered |= kernels.intersection(sizes)
     elif kind == "all-reduce" and place != "ENTRY":
       assert not (kernels - parts).intersection(sizes)
   assert scattered == kernels
+
+
+@pytest.mark.tpu
+def test_on_a_whole_slice_of_three_axes_gradients_are_summed_layer_by_layer_and_cut() -> None:
+  """The compiler scatters no sums over all chips of such a slice, not even an explicit one."""
+  mesh = make_mesh(1, 8, tpu_devices("v5p:2x2x2"))
+  text = compiled(network(remat="matmuls"), mesh).as_text()
+  assert_gathers_a_layer_at_a_time(text, fsdp=8)  # and nothing holds all layers of a gradient
+  kernels = {times * WIDTH**2 for times in OF_A_LAYER.values()}
+  biases = {times * WIDTH for times in OF_A_LAYER.values()}
+  summed = set()
+  for kind, place, sizes in collectives(text):
+    assert kind in ("all-gather", "all-reduce", "reduce-scatter")
+    if kind != "all-gather" and place != "ENTRY":
+      assert kernels | biases >= set(sizes)
+      summed |= kernels.intersection(sizes)
+  assert summed == kernels
+  for width, times in ((WIDTH, 6), (WIDTH, 3), (WIDTH, 4), (WIDTH, 1)):
+    assert f"[{DEPTH},{width},{times * WIDTH // 8}]" in text
 
 
 @pytest.mark.slow

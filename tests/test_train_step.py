@@ -112,7 +112,7 @@ def test_a_step_is_compiled_once(equal_fraction: float, data: int, fsdp: int) ->
 
 def test_the_transfer_guard_is_on_guard() -> None:
   mesh = mesh_of(8, 1)
-  step, batch = affine_step(), digit_batches(1, 8)[0]
+  step, batch = affine_step(), digit_batches(1, 16)[0]
   with (
     pytest.raises(Exception, match="Disallowed host-to-device transfer"),
     jax.transfer_guard("disallow"),

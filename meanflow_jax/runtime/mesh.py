@@ -93,7 +93,12 @@ def rows_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def constrain_rows(mesh: Mesh) -> Callable[[Array], Array]:
-  """Keeps activations spread over rows, so that it is the parameters that are gathered."""
+  """Keeps activations spread over rows, so that it is the parameters that are gathered.
+
+  Where these are whole on every device, there is nothing to keep apart.
+  """
+  if mesh.shape[FSDP] == 1:
+    return lambda x: x
   sharding = rows_sharding(mesh)
   return lambda x: jax.lax.with_sharding_constraint(x, sharding)
 
