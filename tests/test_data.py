@@ -184,7 +184,7 @@ def test_center_crop_halves_by_boxes_and_cuts_the_middle():
   np.testing.assert_array_equal(np.asarray(cropped), [[15, 40], [15, 40]])
 
 
-@pytest.mark.parametrize("shape", [(37, 53), (53, 37), (16, 90), (5, 7)])
+@pytest.mark.parametrize("shape", [(37, 53), (53, 37), (16, 90), (5, 7), (1, 1)])
 def test_center_crop_makes_squares_of_any_shape(shape: tuple[int, int]):
   constant = Image.new("RGB", shape, (7, 8, 9))
   cropped = np.asarray(transforms.center_crop(constant, 16))

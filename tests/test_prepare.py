@@ -10,21 +10,24 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from PIL import Image, ImageOps
 
-from meanflow_jax import build, prepare
+from meanflow_jax import build, prepare, train
 from meanflow_jax.data import manifest as manifests
 from meanflow_jax.data import transforms
 from meanflow_jax.data.latents import Latents
 from meanflow_jax.models import autoencoder
 from meanflow_jax.runtime import pretrained
 from tests.prepared import CLASSES, SIDE, config, keys, paint, write_autoencoder
-from tests.runs import ROOT, files_below
+from tests.runs import ROOT, files_below, logged
 
 # 12 images in shards of 5, 5 and 2, encoded 8 at a time on 8 devices.
 PER_CLASS = 4
@@ -132,6 +135,51 @@ def test_worker_processes_make_the_same_bytes(vae, images, whole, tmp_path):
   process = start(vae, images, out, "--config.prepare.workers=1")
   finish(process)
   assert files_below(out) == files_below(whole)
+
+
+class Photographs(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+  """The images of a folder, in its order."""
+
+  VERSION = tfds.core.Version("1.0.0")
+
+  def __init__(self, images: pathlib.Path, **settings: Any):
+    self._images = images
+    super().__init__(file_format="array_record", **settings)
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    label = tfds.features.ClassLabel(names=list(CLASSES))
+    features = tfds.features.FeaturesDict({"image": tfds.features.Image(), "label": label})
+    return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+  def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
+    return {"train": self._generate_examples()}
+
+  def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, path in enumerate(sorted(self._images.rglob("*.png"))):
+      yield number, {"image": os.fspath(path), "label": path.parent.name}
+
+
+@pytest.mark.slow
+def test_a_dataset_of_tfds_is_prepared_as_a_folder_is_and_trained_on(vae, images, whole, tmp_path):
+  Photographs(images, data_dir=str(tmp_path / "tfds")).download_and_prepare()
+  out, source = tmp_path / "latents", "--source=tfds:photographs"
+  finish(start(vae, images, out, source, f"--config.data.tfds.data_dir={tmp_path / 'tfds'}"))
+  found, expected = files_below(out), files_below(whole)
+  records = [name for name in expected if name.startswith(("meanflow_latents", "checksums"))]
+  assert len(records) == 1 + 2 * 6  # of each split three shards, and the folder of checksums
+  for name in records:
+    assert found[name] == expected[name], name
+  assert manifests.read(out).source == "tfds photographs train"
+
+  settings = {"data.source": "tfds", "data.tfds.name": "photographs"}
+  settings |= {"data.tfds.data_dir": str(tmp_path / "tfds")}
+  prepare.check(out, config(images, vae, settings), 8)
+  settings = {"data.source": "latents", "data.latents.path": str(out)}
+  settings |= {"train.steps": 2, "train.log_every": 1, "optimizer.warmup_steps": 0}
+  settings |= {"evaluate.count": 0, "model.patch_size": 2}
+  train.run(config(images, vae, settings), tmp_path / "run")
+  assert all(np.isfinite(line["error"]) for line in logged(tmp_path / "run"))
+  assert [line["step"] for line in logged(tmp_path / "run")] == [1, 2]
 
 
 # Strange images.
@@ -254,6 +302,24 @@ def test_a_full_disk_stops_the_preparation_which_then_goes_on(vae, images, whole
   assert not list(out.glob("meanflow*"))
   finish(start(vae, images, out))
   assert files_below(out) == files_below(whole)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full")
+def test_a_device_without_space_is_told_as_a_full_disk(images, tmp_path):
+  out, settings = tmp_path / "pixels", config(images, None)
+  preparation, ours = prepare.plan(settings, out)
+  manifests.begin(out, ours)
+  name = preparation.recipe.shard_name("train", 1)
+  (out / f".{name}.partial").symlink_to("/dev/full")
+  with pytest.raises(
+    build.UserError, match=f"no space is left for {out} .*No space left on device"
+  ):
+    prepare.prepare(settings, out, 0, 1)
+  assert sorted(path.name for path in out.glob("*train*")) == [
+    preparation.recipe.shard_name("train", 0)
+  ]
+  prepare.prepare(settings, out, 0, 1)
+  assert len(Latents(path=str(out))) == COUNT
 
 
 def test_a_damaged_shard_is_made_again_and_no_other(vae, images, copy, whole, capfd):
