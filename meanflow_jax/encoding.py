@@ -200,12 +200,13 @@ class Preparation:
 
     def dispatch(_: int) -> Encoded:
       batch = next(read)
-      return batch, self._made(batch["image"])
+      return batch, self.made(batch["image"])
 
     for _, result in one_ahead(dispatch, range(len(items) // self.batch_size)):
       yield result
 
-  def _made(self, images: np.ndarray) -> Sequence[Array | np.ndarray]:
+  def made(self, images: np.ndarray) -> Sequence[Array | np.ndarray]:
+    """What is stored of a batch of images, for each split."""
     if self.encoder is None:
       return [images]
     return self._compiled(self.encoder, jax.device_put(images, rows_sharding(self.mesh)))
