@@ -261,6 +261,29 @@ def test_an_absent_item_is_no_damage(directory: pathlib.Path) -> None:
   assert "no ['ema_0.5'], but ['ema_0.999', 'optimizer', 'params']" in text
 
 
+def test_an_optional_item_may_be_absent(directory: pathlib.Path) -> None:
+  targets = targets_of(items_at(0)) | {"ema_0.5": targets_of(items_at(0))["params"]}
+  with opened(directory) as checkpoints:
+    step, items = checkpoints.restore(targets, optional=("ema_0.5", "ema_0.999"))
+  assert step == 30
+  assert_same(items, items_at(30))
+
+
+def test_a_way_back_is_noted_as_long_as_its_checkpoint_lasts(directory: pathlib.Path) -> None:
+  with opened(directory) as checkpoints:
+    checkpoints.go_back(20, 34)
+    checkpoints.go_back(20, 47)
+    assert checkpoints.steps() == [10, 20]
+  with opened(directory) as checkpoints:
+    assert checkpoints.returns(20) == (2, 47)
+    assert checkpoints.returns(10) == (0, 0)
+    assert_same(checkpoints.restore(targets_of(items_at(0)))[1], items_at(20))
+    checkpoints.go_back(10, 50)
+    checkpoints.save(20, items_at(40), CONFIG)
+    assert checkpoints.steps() == [10, 20]
+    assert checkpoints.returns(20) == (0, 0)
+
+
 def test_another_config_is_listed_key_by_key(directory: pathlib.Path) -> None:
   ours = {"model": {"width": 128, "patch": (2, 2), "depth": 12}}
   text = refusal(directory, targets_of(items_at(0)), identity=ours)
