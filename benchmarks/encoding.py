@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -83,15 +84,16 @@ def planned(folder: pathlib.Path, dtype: str) -> Preparation:
 
 
 def report(dtype: str, preparation: Preparation) -> None:
-  compiling = seconds(lambda: preparation.write([1]))
-  whole = seconds(lambda: preparation.write([0]))
-  batches = -(-COUNT.value // BATCH.value)
+  first = timed(lambda: preparation.write([1]))
+  whole = timed(lambda: preparation.write([0]))
   images = np.zeros((BATCH.value, SIZE.value, SIZE.value, 3), np.uint8)
-  encode = batches * seconds(lambda: jax.block_until_ready(preparation.made(images)))
-  read = seconds(lambda: reading(preparation))
-  print(f"{dtype}: {COUNT.value / whole:.3f} images/s, {whole / COUNT.value:.2f} s per image, of")
-  print(f"  which encoding alone takes {encode / whole:.1%}; reading alone takes {read:.2f} s of")
-  print(f"  {whole:.1f} s, meanwhile; the first batch, with compilation, {compiling:.0f} s")
+  encode = timed(lambda: jax.block_until_ready(preparation.made(images)))
+  read = timed(lambda: reading(preparation))
+  count, batches = COUNT.value, -(-COUNT.value // BATCH.value)
+  print(f"{dtype}: {whole.wall / count:.2f} s per image, {count / whole.wall:.3f} images/s")
+  print(f"  seconds of cores per image: {whole.cores / count:.2f}, encoding alone", end=" ")
+  print(f"{encode.cores * batches / count:.2f}, reading alone {read.cores / count:.3f}")
+  print(f"  the first batch, with compilation: {first.wall:.0f} s", flush=True)
 
 
 def reading(preparation: Preparation) -> None:
@@ -103,10 +105,17 @@ def reading(preparation: Preparation) -> None:
     next(read)
 
 
-def seconds(run: Callable[[], object]) -> float:
-  start = time.perf_counter()
+class Seconds(NamedTuple):
+  """What something took; where other jobs run beside it, cores tell more than the clock."""
+
+  wall: float
+  cores: float
+
+
+def timed(run: Callable[[], object]) -> Seconds:
+  wall, cores = time.perf_counter(), time.process_time()
   run()
-  return time.perf_counter() - start
+  return Seconds(time.perf_counter() - wall, time.process_time() - cores)
 
 
 if __name__ == "__main__":
