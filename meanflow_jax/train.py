@@ -31,6 +31,7 @@ from meanflow_jax.train_step import (
   to_items,
 )
 
+
 def run(config: ConfigDict, workdir: pathlib.Path) -> None:
   """Trains to `config.train.steps`, from the newest checkpoint in `workdir` if there is one.
 
