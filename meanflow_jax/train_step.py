@@ -11,7 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree
 
 from meanflow_jax.arrays import Image, Label, PRNGKey, Scalar, Time, VelocityFn
@@ -203,7 +203,7 @@ class TrainStep:
     state: TrainState,
     batch: Batch,
     constrain: Callable[[PyTree], PyTree] = lambda x: x,
-    shards: int = 1,
+    mesh: Mesh | None = None,
   ) -> tuple[TrainState, Metrics]:
     """Takes one step; the metrics belong to the parameters before it.
 
@@ -211,13 +211,15 @@ class TrainStep:
       state: the state before it.
       batch: images and labels.
       constrain: fixes the sharding of gradients.
-      shards: of how many equal parts of the batch there is a gradient each, before their mean.
+      mesh: whose devices each take the gradient of their own rows, before the mean over them.
     """
     with jax.named_scope("draws"):
       key = stream(self.seed, Purpose.LATENT, state.position)
       x, y = self.inputs(key, batch["image"]), batch["label"]
       draws = self.method.draw(stream(self.seed, Purpose.DRAW, state.position), x, y)
-    gradient = mean_of_shards(functools.partial(self._gradient, constrain), shards)
+    gradient = functools.partial(self._gradient, constrain)
+    if mesh is not None:
+      gradient = mean_over_devices(gradient, mesh)
     (loss, metrics), grads = gradient(state.params, x, y, draws)
     with jax.named_scope("optimizer"):
       updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
@@ -280,8 +282,9 @@ class TrainStep:
     """The step on a mesh; the state it is given is donated."""
     shardings = shardings_of(self.abstract_state(mesh))
     constrain = lambda grads: jax.lax.with_sharding_constraint(grads, shardings.params)
-    shards = mesh.size if mesh.shape[FSDP] == 1 else 1
-    step = functools.partial(self, constrain=constrain, shards=shards)
+    whole = mesh.shape[FSDP] == 1 and mesh.size > 1  # all parameters on every device
+    how = {"mesh": mesh} if whole else {"constrain": constrain}
+    step = functools.partial(self, **how)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
 
   def _gradient(
@@ -313,20 +316,24 @@ class TrainStep:
     return jax.lax.scan(lambda sum_, p: (add(sum_, gradient(params, *p)), None), zeros, parts)[0]
 
 
-def mean_of_shards(gradient: Callable[..., PyTree], shards: int) -> Callable[..., PyTree]:
-  """A function of parameters and rows [B, ...], as the mean of its values on parts of the rows.
+def mean_over_devices(gradient: Callable[..., PyTree], mesh: Mesh) -> Callable[..., PyTree]:
+  """A function of parameters and rows [B, ...]: the mean of its values on each device's rows.
 
-  Where each part is on a device of its own, and each has all parameters, that is one sum over the
-  devices. Left to itself the compiler sums each gradient that there is: one of the rows with r = t
-  and one of the others, of each microbatch.
+  That is one sum over the devices, where each has all parameters. Left to itself, the compiler sums
+  each gradient that there is: one of the rows with r = t and one of the others, of each microbatch.
   """
+  everywhere, rows = PartitionSpec(), PartitionSpec(mesh.axis_names)
 
-  def mean(params: PyTree, *rows: PyTree) -> PyTree:
-    parts = jax.tree.map(lambda x: x.reshape(shards, -1, *x.shape[1:]), rows)
-    values = jax.vmap(functools.partial(gradient, params))(*parts)
-    return jax.tree.map(lambda x: x.mean(axis=0), values)
+  def mean(params: PyTree, *own: PyTree) -> PyTree:
+    return jax.lax.pmean(gradient(params, *own), mesh.axis_names)
 
-  return gradient if shards == 1 else mean
+  return lambda params, *batch: jax.shard_map(
+    mean,
+    mesh=mesh,
+    in_specs=(everywhere, *[rows] * len(batch)),
+    out_specs=everywhere,
+    check_vma=False,
+  )(params, *batch)
 
 
 def microbatches(rows: PyTree, count: int, groups: RowGroups) -> PyTree:
