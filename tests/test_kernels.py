@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.special
 
-from meanflow_jax.kernels import attention
+from meanflow_jax.kernels.plain import attention
 
 SHAPE = (2, 5, 3, 4)  # B N K D
 

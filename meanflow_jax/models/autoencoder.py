@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from meanflow_jax.arrays import Image, PRNGKey
-from meanflow_jax.kernels import attention
+from meanflow_jax.kernels.plain import attention
 from meanflow_jax.models.torch_layout import Params, Tensors, read_tensors, renamed
 
 # Latents have about unit variance once multiplied by it (arXiv 2112.10752, appendix G).

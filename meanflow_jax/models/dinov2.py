@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Num
 
 from meanflow_jax.arrays import Image
-from meanflow_jax.kernels import attention
+from meanflow_jax.kernels.plain import attention
 from meanflow_jax.models.torch_layout import Params, Tensors, read_tensors, renamed
 
 Tokens = Float[Array, "B N E"]

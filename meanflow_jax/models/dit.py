@@ -5,20 +5,24 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from meanflow_jax.arrays import Image, Label, Time
-from meanflow_jax.kernels import attention
+from meanflow_jax.kernels import plain
 from meanflow_jax.models.embeddings import TimeEmbedder, sincos_positions
 
 Tokens = Float[Array, "B N E"]
 Condition = Float[Array, "B E"]
+# Attention [B, N, E] of queries, keys and values [B, N, 3 E] with a number of heads.
+Mixer = Callable[[Array, int], Array]
 
 TIMES = ("t", "h", "r")
 POSITIONS = ("sincos", "learned")
 REMAT = ("none", "matmuls", "blocks")
 DTYPES = ("float32", "bfloat16")
 MLP_RATIO = 4
+MIXED = "mixed"  # what attention puts out, in the policy of what to keep
 
 
 def _dense(features: int, dtype: str, name: str, *, zero: bool = False) -> nn.Dense:
@@ -39,15 +43,15 @@ class Attention(nn.Module):
 
   num_heads: int
   dtype: str
+  attention: Mixer
 
   @nn.compact
   def __call__(self, x: Tokens) -> Tokens:
     """Mixes tokens."""
-    batch, tokens, width = x.shape
+    width = x.shape[-1]
     qkv = _dense(3 * width, self.dtype, "qkv")(x)
-    heads = (batch, tokens, self.num_heads, width // self.num_heads)  # batches may be empty
-    q, k, v = (part.reshape(heads) for part in jnp.split(qkv, 3, axis=-1))
-    return _dense(width, self.dtype, "out")(attention(q, k, v).reshape(x.shape))
+    mixed = checkpoint_name(self.attention(qkv, self.num_heads), MIXED)
+    return _dense(width, self.dtype, "out")(mixed)
 
 
 class Block(nn.Module):
@@ -55,6 +59,7 @@ class Block(nn.Module):
 
   num_heads: int
   dtype: str
+  attention: Mixer
   constrain: Callable[[Array], Array]
 
   @nn.compact
@@ -63,7 +68,7 @@ class Block(nn.Module):
     width = x.shape[-1]
     modulation = self.constrain(_dense(6 * width, self.dtype, "modulation", zero=True)(condition))
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
-    attended = Attention(self.num_heads, self.dtype, name="attention")(
+    attended = Attention(self.num_heads, self.dtype, self.attention, name="attention")(
       _modulate(_norm(self.dtype)(x), shift_a, scale_a)
     )
     x = x + gate_a[:, None] * attended
@@ -88,8 +93,10 @@ class DiT(nn.Module):
     positions: "sincos" or "learned".
     dtype: the dtype of computation; embeddings of time, norms' statistics, softmax are float32.
     scan: compile one block and loop over it, instead of unrolling all.
-    remat: what the backward pass recomputes: "none", "matmuls": all but products with weights (so
-      that no attention scores are kept), "blocks": all but the input of each block.
+    remat: what the backward pass recomputes: "none", "matmuls": all but products with weights and
+      the output of a fused attention (so that no attention scores are kept), "blocks": all but the
+      input of each block.
+    attention: of queries, keys and values in one array [B, N, 3 E], with a number of heads.
     constrain: fixes the sharding of activations.
   """
 
@@ -104,6 +111,7 @@ class DiT(nn.Module):
   dtype: str
   scan: bool
   remat: str
+  attention: Mixer = plain.packed
   constrain: Callable[[Array], Array] = lambda x: x
 
   def __post_init__(self):
@@ -186,7 +194,8 @@ class DiT(nn.Module):
       length=self.depth,
       unroll=1 if self.scan else self.depth,
     )
-    return layers(self.num_heads, self.dtype, self.constrain, name="blocks")(x, condition)[0]
+    layers = layers(self.num_heads, self.dtype, self.attention, self.constrain, name="blocks")
+    return layers(x, condition)[0]
 
   def _block(self) -> type[nn.Module]:
     """A block that keeps for the backward pass what `remat` says."""
@@ -194,7 +203,10 @@ class DiT(nn.Module):
       return nn.remat(Block, prevent_cse=not self.scan)
     if self.remat == "matmuls":
       # Unrolled, XLA may undo this: it finds what to keep by itself. It cannot see through a scan.
-      policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+      policies = jax.checkpoint_policies
+      policy = policies.save_from_both_policies(
+        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(MIXED)
+      )
       return nn.remat(Block, prevent_cse=False, policy=policy)
     return Block
 

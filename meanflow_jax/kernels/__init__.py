@@ -1,0 +1,1 @@
+"""Attention: one function, whatever runs underneath."""
