@@ -41,7 +41,8 @@ STEPS = flags.DEFINE_integer("steps", 10, f"Steps in each of {ROUNDS} rounds.", 
 PLAIN = flags.DEFINE_bool(
   "plain",
   True,
-  "Also time the plain step: the JVP on all rows, guidance in passes of its own, float32.",
+  "Also time the plain step: the JVP on all rows, guidance in passes of its own, plain attention, "
+  "float32.",
 )
 TOPOLOGY = flags.DEFINE_string("topology", None, "A TPU slice to compile for, as v5p:2x2x1.")
 
@@ -110,7 +111,7 @@ def prepare() -> tuple[ConfigDict, TrainStep, Mesh]:
 def plain_step(config: ConfigDict, train_step: TrainStep, mesh: Mesh) -> TrainStep:
   """The step with nothing saved, for the same state."""
   config = config.copy_and_resolve_references()
-  config.model.dtype = "float32"
+  config.model.update(dtype="float32", attention="plain")
   method = train_step.method
   fields = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
   return dataclasses.replace(

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import functools
+import logging
 import pathlib
 from collections.abc import Iterator
 
@@ -19,13 +21,14 @@ from meanflow_jax.data.sources import Source
 from meanflow_jax.features import Extractor
 from meanflow_jax.generate import Decoder, Generator, Labels
 from meanflow_jax.guard import Guard
+from meanflow_jax.kernels import attention, plain
 from meanflow_jax.methods.guidance import Guidance, LabelDropout, SamplingGuidance
 from meanflow_jax.methods.meanflow import AdaptiveWeight, MeanFlow
 from meanflow_jax.methods.sampler import time_grid
 from meanflow_jax.methods.time_sampling import LogitNormal, TimePairs, Uniform
 from meanflow_jax.models import autoencoder
 from meanflow_jax.models.autoencoder import Autoencoder
-from meanflow_jax.models.dit import DiT
+from meanflow_jax.models.dit import DiT, Mixer
 from meanflow_jax.runtime import pretrained
 from meanflow_jax.runtime.checkpoints import CheckpointError
 from meanflow_jax.runtime.mesh import (
@@ -43,6 +46,8 @@ from meanflow_jax.train_step import (
   make_optimizer,
   pixel_inputs,
 )
+
+_log = logging.getLogger(__name__)
 
 
 class UserError(Exception):
@@ -177,7 +182,29 @@ def network(config: ConfigDict, mesh: Mesh) -> nn.Module:
       f"mesh.fsdp {mesh.shape[FSDP]} does not divide model.width {config.model.width}, so that the "
       "layers could not be spread evenly: set it to a divisor"
     )
-  return DiT(**config.model, num_classes=config.data.num_classes, constrain=constrain_rows(mesh))
+  settings = config.model.to_dict() | {"attention": _attention(config, mesh)}
+  return DiT(**settings, num_classes=config.data.num_classes, constrain=constrain_rows(mesh))
+
+
+def _attention(config: ConfigDict, mesh: Mesh) -> Mixer:
+  """What `config.model.attention` is on the devices of a mesh; the log says why it is plain."""
+  model = config.model
+  chosen, reason = attention.choose(
+    model.attention,
+    mesh.devices.flat[0].platform,
+    tokens=(config.data.image_size // model.patch_size) ** 2,
+    heads=model.num_heads,
+    size=model.width // max(1, model.num_heads),
+    dtype=model.dtype,
+  )
+  if reason:
+    _say_once(reason)
+  return attention.Fused(mesh).packed if chosen == "pallas" else plain.packed
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+  _log.warning(message)
 
 
 def method(config: ConfigDict) -> MeanFlow:

@@ -122,6 +122,7 @@ def write_generator(
     CheckpointError: there is a checkpoint of another network, or only damaged ones.
   """
   mesh, method = build.mesh(config), build.method(config)
+  config.model.attention = "plain"  # a fused kernel runs on one kind of device
   network = build.network(config, mesh)
   generator = build.sample_generator(config, network, method, mesh)
   item = storage.ema_item(config, config.sample.ema)

@@ -34,7 +34,7 @@ def ema_item(config: ConfigDict, ema: float) -> str:
 def identity(config: ConfigDict) -> dict[str, dict[str, object]]:
   """The keys that shape the parameters: a checkpoint must agree with them."""
   model = config.model.to_dict()
-  for free in ("dtype", "scan", "remat"):
+  for free in ("dtype", "scan", "remat", "attention"):
     del model[free]
   data = {key: config.data[key] for key in ("image_size", "channels", "num_classes")}
   return {"model": model, "data": data}

@@ -44,6 +44,7 @@ FLOORS = (
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 SIDEWAYS = {
+  "methods": {"kernels"},
   "models": {"kernels"},
   "guard": set(),
   "train_step": {"guard"},

@@ -1,1 +1,1 @@
-"""Attention: one function, whatever runs underneath."""
+"""Attention that can be differentiated forward: one function, whatever runs underneath."""

@@ -10,6 +10,7 @@ from jax.lax import stop_gradient
 from jaxtyping import Array, Float
 
 from meanflow_jax.arrays import Image, Label, Mask, PRNGKey, Scalar, Time, VelocityFn, per_row
+from meanflow_jax.kernels import forward_mode
 from meanflow_jax.methods.guidance import Guidance, LabelDropout
 from meanflow_jax.methods.row_groups import RowGroups
 from meanflow_jax.methods.time_sampling import TimePairs
@@ -69,7 +70,7 @@ def velocity_and_derivative(
   The derivative carries no gradient: it only enters targets.
   """
   with jax.named_scope("jvp_du_dt"):
-    u, du_dt = jax.jvp(
+    u, du_dt = forward_mode.jvp(
       lambda z, r, t: velocity_fn(z, r, t, y),
       (z, r, t),
       (tangent, jnp.zeros_like(r), jnp.ones_like(t)),

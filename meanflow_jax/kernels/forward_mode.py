@@ -1,0 +1,131 @@
+"""Forward-mode derivatives of what is also differentiated in reverse.
+
+Reverse mode linearises a function first and runs that backwards. Here the forward derivative is
+passed through the linearisation, so that the backward pass knows nothing of it: no part of the
+derivative is kept for it or computed again, and a kernel needs no rule for both at once.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jaxtyping import Array, PyTree
+
+
+def jvp(
+  f: Callable[..., PyTree], primals: tuple[PyTree, ...], tangents: tuple[PyTree, ...]
+) -> tuple[PyTree, PyTree]:
+  """`jax.jvp` of a function that calls attention.
+
+  The value has reverse mode, with respect to the primals and to all that `f` closes over. The
+  derivative has none: it is meant for targets, behind a `stop_gradient` right where it is taken, as
+  in MeanFlow and continuous-time consistency models.
+
+  Args:
+    f: any function of arrays that has reverse mode.
+    primals: its arguments.
+    tangents: the direction, of the primals' shapes and dtypes.
+
+  Returns:
+    f(*primals), and its derivative along the tangents.
+
+  Raises:
+    NotImplementedError: later, if a gradient is taken through the derivative.
+  """
+  f, closed_over = jax.closure_convert(f, *primals)
+
+  def forward(
+    closed_over: list, primals: tuple, tangents: tuple
+  ) -> tuple[tuple[PyTree, PyTree], Callable]:
+    linearised = lambda *primals: jax.vjp(f, *primals, *closed_over)
+    value, derivative, pull_back = jax.jvp(linearised, primals, tangents, has_aux=True)
+    return (value, derivative), pull_back
+
+  def backward(pull_back: Callable, gradients: tuple[PyTree, PyTree]) -> tuple:
+    of_value, of_derivative = gradients
+    if not all(isinstance(g, SymbolicZero) for g in jax.tree.leaves(of_derivative)):
+      raise NotImplementedError(
+        "a gradient is taken through a forward-mode derivative (the second value of "
+        "kernels.forward_mode.jvp), which has none: put jax.lax.stop_gradient around it, or take "
+        "jax.jvp of a network with plain attention"
+      )
+    found = pull_back(jax.tree.map(_instantiated, of_value))
+    return list(found[len(primals) :]), found[: len(primals)], None
+
+  both = jax.custom_vjp(lambda *args: forward(*args)[0])
+  both.defvjp(
+    lambda *args: forward(*custom_vjp_primal_tree_values(args)), backward, symbolic_zeros=True
+  )
+  return both(closed_over, primals, tangents)
+
+
+def _instantiated(gradient: Array | SymbolicZero) -> Array:
+  if isinstance(gradient, SymbolicZero):
+    return jnp.zeros(gradient.shape, gradient.dtype)
+  return gradient
+
+
+def differentiable(
+  forward: Callable[..., Array],
+  backward: Callable[..., tuple[Array, ...]],
+  tangent: Callable[..., tuple[Array, Array]],
+  spread: Callable[[Callable], Callable] = lambda kernel: kernel,
+) -> Callable[..., Array]:
+  """A function from three kernels: it has reverse mode, and inside `jvp` forward mode too.
+
+  Args:
+    forward: the value of some arguments.
+    backward: the arguments' gradients, from the arguments and the value's gradient.
+    tangent: value and derivative, from the arguments and their tangents.
+    spread: lets each of several devices take its part of the arguments.
+  """
+  value = spread(functools.partial(_value.bind, forward=forward, tangent=_once(tangent)))
+  backward = spread(_once(backward))
+  function = jax.custom_vjp(lambda *args: value(*args))
+  function.defvjp(lambda *args: (value(*args), args), lambda args, g: backward(*args, g))
+  return function
+
+
+def _once(kernel: Callable[..., PyTree]) -> Callable[..., PyTree]:
+  """A kernel of a derivative, which says that it has none itself."""
+  refusing = jax.custom_jvp(lambda *args: kernel(*args))
+  refusing.defjvp(_refuse_second)
+  return refusing
+
+
+def _refuse_second(*_: object) -> NoReturn:
+  raise NotImplementedError(
+    "a second derivative is taken of a fused attention, which has first ones only: use plain "
+    "attention there"
+  )
+
+
+def _shape(*args: jax.core.ShapedArray, forward: Callable, tangent: Callable) -> Any:
+  value = jax.eval_shape(forward, *args)
+  return jax.core.ShapedArray(value.shape, value.dtype)
+
+
+def _forward(*args: Array, forward: Callable, tangent: Callable) -> Array:
+  return forward(*args)
+
+
+def _both(args: tuple, along: tuple, *, forward: Callable, tangent: Callable) -> tuple:
+  return tangent(*args, *map(ad.instantiate_zeros, along))
+
+
+def _batched(args: tuple, axes: tuple, *, forward: Callable, tangent: Callable) -> tuple:
+  return jax.vmap(forward, in_axes=axes)(*args), 0
+
+
+# A `custom_jvp` would not do: linearising a scan or a rematerialised block drops its rule.
+_value = Primitive("value_with_tangent")
+_value.def_impl(_forward)
+_value.def_abstract_eval(_shape)
+ad.primitive_jvps[_value] = _both
+batching.primitive_batchers[_value] = _batched
+mlir.register_lowering(_value, mlir.lower_fun(_forward, multiple_results=False))
