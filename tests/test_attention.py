@@ -321,6 +321,16 @@ def test_each_device_takes_its_rows(packed):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
 
 
+def test_devices_that_have_their_rows_already_keep_them():
+  mesh = make_mesh(8, 1)
+  rows = PartitionSpec(mesh.axis_names)
+  own = jax.shard_map(
+    Fused(mesh, interpret=True), mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False
+  )
+  x = jax.random.normal(jax.random.key(0), (3, 8, 5, 2, 8))
+  np.testing.assert_allclose(jax.jit(own)(*x), plain.attention(*x), atol=1e-5)
+
+
 def test_rows_that_do_not_divide_are_computed_by_all():
   x = jax.random.normal(jax.random.key(0), (3, 3, 5, 2, 8))
   ours = jax.jit(Fused(make_mesh(8, 1), interpret=True))(*x)

@@ -95,9 +95,11 @@ class Fused:
   def _on_rows(self, batch: int, kernel: Callable[..., PyTree]) -> Callable[..., PyTree]:
     """Lets each device take its rows: the partitioner cannot look into a kernel.
 
-    Rows that do not divide among the devices (one row, to initialise) are computed by each.
+    Rows that do not divide among the devices (one row, to initialise) are computed by each. Inside
+    a `shard_map` each device has its own already.
     """
-    if self.mesh is None or self.mesh.size == 1:
+    taken = jax.sharding.get_abstract_mesh().manual_axes
+    if self.mesh is None or self.mesh.size == 1 or {*self.mesh.axis_names} <= {*taken}:
       return kernel
     rows = PartitionSpec() if batch % self.mesh.size else PartitionSpec(self.mesh.axis_names)
     return jax.shard_map(kernel, mesh=self.mesh, in_specs=rows, out_specs=rows, check_vma=False)
