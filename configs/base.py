@@ -49,7 +49,8 @@ def get_config() -> ConfigDict:
   model.time_frequencies = 256  # sinusoids of a time's embedding
   model.positions = "sincos"  # sincos | learned
   model.dtype = "float32"  # of computation: float32 | bfloat16; parameters are always float32
-  # auto: fused on TPUs | plain: as XLA compiles it | pallas: fused, or an error where it cannot run
+  # auto: fused on TPUs and NVIDIA GPUs | plain: as XLA compiles it | pallas: fused, or an error
+  # where it cannot run
   model.attention = "auto"
   model.scan = True  # compile one block and loop over it
   # What the backward pass recomputes: none | matmuls: all but products with weights |

@@ -188,10 +188,10 @@ def network(config: ConfigDict, mesh: Mesh) -> nn.Module:
 
 def _attention(config: ConfigDict, mesh: Mesh) -> Mixer:
   """What `config.model.attention` is on the devices of a mesh; the log says why it is plain."""
-  model = config.model
+  model, platform = config.model, attention.platform_of(mesh.devices.flat[0])
   chosen, reason = attention.choose(
     model.attention,
-    mesh.devices.flat[0].platform,
+    platform,
     tokens=(config.data.image_size // model.patch_size) ** 2,
     heads=model.num_heads,
     size=model.width // max(1, model.num_heads),
@@ -199,7 +199,9 @@ def _attention(config: ConfigDict, mesh: Mesh) -> Mixer:
   )
   if reason:
     _say_once(reason)
-  return attention.Fused(mesh).packed if chosen == "pallas" else plain.packed
+  if chosen == "plain":
+    return plain.packed
+  return attention.Fused(mesh, platform=platform).packed
 
 
 @functools.cache

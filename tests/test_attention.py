@@ -372,7 +372,7 @@ def test_what_a_kernel_cannot_take(sizes, dtype, reason):
 
 
 def test_a_kernel_where_there_is_none_is_refused():
-  with pytest.raises(ValueError, match=r"runs on TPUs, not on a gpu; .*'plain'"):
+  with pytest.raises(ValueError, match=r"runs on TPUs, and .*, not on a gpu; .*'plain'"):
     chosen("pallas", "gpu")
   with pytest.raises(ValueError, match=r"one of \('auto', 'plain', 'pallas'\), got 'flash'"):
     chosen("flash", "cpu")

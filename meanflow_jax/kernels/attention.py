@@ -9,12 +9,21 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import PyTree
 
-from meanflow_jax.kernels import pallas_tpu, plain
+from meanflow_jax.kernels import pallas_gpu, pallas_tpu, plain
 from meanflow_jax.kernels.forward_mode import differentiable
-from meanflow_jax.kernels.pallas_tpu import Kernels
 from meanflow_jax.kernels.plain import Heads, Packed
 
 CHOICES = ("auto", "plain", "pallas")
+KERNELS = {"tpu": pallas_tpu, "cuda": pallas_gpu}
+Kernels = pallas_gpu.Kernels | pallas_tpu.Kernels
+
+
+def platform_of(device: jax.Device) -> str:
+  """What kernels know a device by: "tpu", "cuda" (NVIDIA GPUs since Ampere), or another name."""
+  capability = str(getattr(device, "compute_capability", ""))
+  if device.platform == "gpu" and capability[:1].isdigit() and float(capability) >= 8:
+    return "cuda"
+  return device.platform
 
 
 def choose(
@@ -24,7 +33,7 @@ def choose(
 
   Args:
     name: "auto" (a kernel where one can run), "plain" or "pallas".
-    platform: "tpu", "gpu" or "cpu", of the devices that it is compiled for.
+    platform: of the devices that it is compiled for, as `platform_of` has it.
     tokens, heads, size, dtype: of a sequence, and of its heads each.
 
   Returns:
@@ -35,12 +44,12 @@ def choose(
   """
   if name not in CHOICES:
     raise ValueError(f"attention must be one of {CHOICES}, got {name!r}")
-  if name == "plain" or (name == "auto" and platform != "tpu"):
+  if name == "plain" or (name == "auto" and platform not in KERNELS):
     return "plain", None
   reason = (
-    pallas_tpu.reason_against(tokens, heads, size, dtype)
-    if platform == "tpu"
-    else f"runs on TPUs, not on a {platform}"
+    KERNELS[platform].reason_against(tokens, heads, size, dtype)
+    if platform in KERNELS
+    else f"runs on TPUs, and on NVIDIA GPUs since Ampere, not on a {platform}"
   )
   if reason is None:
     return "pallas", None
@@ -59,16 +68,18 @@ class Fused:
   Attributes:
     mesh: the devices over which the rows [B] are spread; None is one device.
     interpret: run the kernel in Python, on any platform.
+    platform: of `KERNELS`: whose they are.
   """
 
   mesh: Mesh | None = None
   interpret: bool = False
+  platform: str = "tpu"
 
   def __call__(self, q: Heads, k: Heads, v: Heads) -> Heads:
     """Mixes v."""
     batch, tokens, heads, size = q.shape
     arrays = (x.reshape(batch, tokens, heads * size) for x in (q, k, v))
-    return self._apply(Kernels(heads, False, self.interpret), *arrays).reshape(q.shape)
+    return self._apply(self._kernels(heads, packed=False), *arrays).reshape(q.shape)
 
   def packed(self, qkv: Packed, heads: int) -> Packed:
     """Mixes the last third of the columns, by the others: a projection as it comes.
@@ -81,9 +92,13 @@ class Fused:
       [B, N, K D].
     """
     _, tokens, columns = qkv.shape
-    if pallas_tpu.takes_packed(tokens, heads, columns // (3 * heads), str(qkv.dtype)):
-      return self._apply(Kernels(heads, True, self.interpret), qkv)
-    return self._apply(Kernels(heads, False, self.interpret), *jnp.split(qkv, 3, axis=-1))
+    size, takes_packed = columns // (3 * heads), KERNELS[self.platform].takes_packed
+    if takes_packed(tokens, heads, size, str(qkv.dtype)):
+      return self._apply(self._kernels(heads, packed=True), qkv)
+    return self._apply(self._kernels(heads, packed=False), *jnp.split(qkv, 3, axis=-1))
+
+  def _kernels(self, heads: int, *, packed: bool) -> Kernels:
+    return KERNELS[self.platform].Kernels(heads, packed, self.interpret)
 
   def _apply(self, kernels: Kernels, *arrays: Packed) -> Packed:
     if not arrays[0].size:  # a kernel has no grid of no rows
@@ -116,6 +131,6 @@ def attention(q: Heads, k: Heads, v: Heads, *, name: str = "auto") -> Heads:
     ValueError: an unknown name, or a kernel asked for by name cannot run here.
   """
   _, tokens, heads, size = q.shape
-  platform = jax.default_backend()
-  chosen, _ = choose(name, platform, tokens=tokens, heads=heads, size=size, dtype=str(q.dtype))
-  return Fused()(q, k, v) if chosen == "pallas" else plain.attention(q, k, v)
+  here = platform_of(jax.devices()[0])
+  chosen, _ = choose(name, here, tokens=tokens, heads=heads, size=size, dtype=str(q.dtype))
+  return Fused(platform=here)(q, k, v) if chosen == "pallas" else plain.attention(q, k, v)
