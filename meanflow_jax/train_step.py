@@ -14,7 +14,17 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree
 
-from meanflow_jax.arrays import Image, Label, PRNGKey, Scalar, Time, VelocityFn
+from meanflow_jax.arrays import (
+  Image,
+  Label,
+  PRNGKey,
+  Scalar,
+  Time,
+  Told,
+  VelocityFn,
+  with_dropout,
+)
+from meanflow_jax.data.augment import Augmentation
 from meanflow_jax.guard import Guard, GuardState, part_norms
 from meanflow_jax.methods.meanflow import Draws, MeanFlow
 from meanflow_jax.methods.row_groups import RowGroups
@@ -27,6 +37,7 @@ SCHEDULES = ("constant", "cosine")
 SCOPES = ("guidance", "jvp_du_dt", "network", "optimizer", "ema", "draws")
 
 Batch = dict[str, Array]
+Inputs = Callable[[PRNGKey, Batch], tuple[Image, Label]]
 Metrics = dict[str, Float[Array, "..."]]  # numbers, and lists of them for a diagnosis
 
 
@@ -37,7 +48,8 @@ class Purpose(enum.IntEnum):
   DRAW = 1
   SAMPLE_NOISE = 2
   SAMPLE_LABEL = 3
-  LATENT = 4
+  INPUTS = 4
+  DROPOUT = 5
 
 
 @no_type_check  # what jax.tree.map puts in an array's place is no array
@@ -147,16 +159,28 @@ def model_image(image: Array) -> Image:
   return image / 127.5 - 1 if image.dtype == jnp.uint8 else image.astype(jnp.float32)
 
 
-def pixel_inputs(key: PRNGKey, image: Array) -> Image:
-  """What a model of pixels sees of a batch's images."""
+def pixel_inputs(key: PRNGKey, batch: Batch) -> tuple[Image, Label]:
+  """What a model of pixels sees of a batch: images and labels."""
   del key
-  return model_image(image)
+  return model_image(batch["image"]), batch["label"]
 
 
-def latent_inputs(key: PRNGKey, moments: Array) -> Image:
+def latent_inputs(key: PRNGKey, batch: Batch) -> tuple[Image, Label]:
   """What a model of latents sees: a draw of them, from their mean and std side by side."""
-  mean, std = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
-  return scale_latents(sample_latent(key, mean, std))
+  mean, std = jnp.split(batch["image"].astype(jnp.float32), 2, axis=-1)
+  return scale_latents(sample_latent(key, mean, std)), batch["label"]
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentedInputs:
+  """What a model of augmented pixels sees: changed images, and in their labels how."""
+
+  augmentation: Augmentation
+
+  def __call__(self, key: PRNGKey, batch: Batch) -> tuple[Image, Label]:
+    """Draws the changes of a batch."""
+    images, changes = self.augmentation(key, model_image(batch["image"]))
+    return images, Told(batch["label"], augmentation=changes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +190,7 @@ class TrainStep:
   Attributes:
     network: the Flax module of the average velocity.
     image_shape: [H, W, C] of what it sees.
-    inputs: what it sees of a batch's "image", given a key that is new at each step.
+    inputs: what it sees of a batch, given a key that is new at each step.
     method: draws and objective.
     optimizer: gradient transformation.
     learning_rate: its schedule, for the metrics.
@@ -174,11 +198,12 @@ class TrainStep:
     accumulate: microbatches per step; each has 1 / accumulate of the batch's row groups.
     seed: of all draws.
     guard: against loss spikes, if any.
+    dropout: whether the network has any.
   """
 
   network: nn.Module
   image_shape: tuple[int, ...]
-  inputs: Callable[[PRNGKey, Array], Image]
+  inputs: Inputs
   method: MeanFlow
   optimizer: optax.GradientTransformation
   learning_rate: optax.Schedule
@@ -186,6 +211,7 @@ class TrainStep:
   accumulate: int
   seed: int
   guard: Guard | None = None
+  dropout: bool = False
 
   def init(self) -> TrainState:
     """The state before the first step."""
@@ -214,9 +240,11 @@ class TrainStep:
       mesh: whose devices each take the gradient of their own rows, before the mean over them.
     """
     with jax.named_scope("draws"):
-      key = stream(self.seed, Purpose.LATENT, state.position)
-      x, y = self.inputs(key, batch["image"]), batch["label"]
-      draws = self.method.draw(stream(self.seed, Purpose.DRAW, state.position), x, y)
+      key = functools.partial(stream, self.seed, step=state.position)
+      x, y = self.inputs(key(Purpose.INPUTS), batch)
+      if self.dropout:
+        y = with_dropout(y, jax.random.split(key(Purpose.DROPOUT), x.shape[0]))
+      draws = self.method.draw(key(Purpose.DRAW), x, y)
     gradient = functools.partial(self._gradient, constrain)
     if mesh is not None:
       gradient = mean_over_devices(gradient, mesh)

@@ -194,10 +194,12 @@ def test_a_reader_survives_pickling(folder):
 
 def test_latents_are_drawn_from_their_mean_and_deviation():
   moments = arrays("train")
-  key = stream(7, Purpose.LATENT, 3)
+  key = stream(7, Purpose.INPUTS, 3)
   noise = np.asarray(jax.random.normal(key, (COUNT, 4, 4, 4)))
   expected = (np.float32(moments[..., :4]) + np.float32(moments[..., 4:]) * noise) * 0.18215
-  np.testing.assert_allclose(latent_inputs(key, jnp.asarray(moments)), expected, rtol=1e-5)
+  drawn, labels = latent_inputs(key, {"image": jnp.asarray(moments), "label": jnp.arange(COUNT)})
+  np.testing.assert_allclose(drawn, expected, rtol=1e-5)
+  np.testing.assert_array_equal(labels, np.arange(COUNT))
 
 
 def run_keys(folder: pathlib.Path, vae: pathlib.Path, **changes: Any) -> dict[str, Any]:
@@ -252,7 +254,7 @@ def test_a_step_draws_anew_each_time_and_learns_what_numpy_draws(made, vae):
   mean, std = np.split(moments, 2, axis=-1)
   advance, state, expected = step.jitted(mesh), step.new_state(mesh), step.new_state(mesh)
   for number in range(3):
-    key = stream(config.seed, Purpose.LATENT, number)
+    key = stream(config.seed, Purpose.INPUTS, number)
     drawn = mean + std * np.asarray(jax.random.normal(key, mean.shape))
     fixed = np.concatenate([drawn, 0 * std], axis=-1)
     state, metrics = advance(state, {**batch, "image": moments})

@@ -14,8 +14,9 @@ import pytest
 from jax.sharding import Mesh
 
 from meanflow_jax import train_step as train_step_module
+from meanflow_jax.arrays import told
 from meanflow_jax.data.sources import Digits
-from meanflow_jax.runtime.mesh import global_batch
+from meanflow_jax.runtime.mesh import global_batch, replicated
 from meanflow_jax.train_step import (
   Averages,
   Purpose,
@@ -291,6 +292,38 @@ def test_draws_do_not_depend_on_the_way_to_a_step() -> None:
   there = step.init().replace(step=jnp.int32(2), params=walked.history[2].params)
   error = jax.jit(step)(there, batches[2])[1]["error"]
   np.testing.assert_allclose(error, walked.metrics[2]["error"], rtol=1e-6)
+
+
+class Noisy(nn.Module):
+  """Says what a number drawn with the key of each row is, whatever it is asked."""
+
+  @nn.compact
+  def __call__(self, z: jax.Array, t: jax.Array, h: jax.Array, y: Any) -> jax.Array:
+    scale = self.param("scale", nn.initializers.ones, ())
+    keys = told(y).dropout
+    drawn = jnp.ones(z.shape[0]) if keys is None else jax.vmap(jax.random.uniform)(keys)
+    return scale * jnp.broadcast_to(drawn[:, None, None, None], z.shape)
+
+
+@functools.cache
+def drawn(number: int = 0, devices: int = 1, dropout: bool = True, **changes: Any) -> float:
+  """A mean over the rows, which weighs each number by itself, and so knows them all."""
+  method = meanflow(equal_fraction=0.5, null_label=10)
+  step = affine_step(network=Noisy(), method=method, dropout=dropout, **changes)
+  mesh = mesh_of(devices, 1)
+  state = step.new_state(mesh).replace(step=jax.device_put(np.int32(number), replicated(mesh)))
+  batch = global_batch(mesh, digit_batches(1, 16)[0])
+  return float(step.jitted(mesh)(state, batch)[1]["error"])
+
+
+def test_dropout_is_a_function_of_seed_step_and_row() -> None:
+  base = drawn()
+  assert drawn.__wrapped__() == base
+  assert drawn(devices=8) == pytest.approx(base, rel=1e-5)
+  assert drawn(accumulate=4) == pytest.approx(base, rel=1e-5)
+  assert drawn(devices=2, accumulate=2) == pytest.approx(base, rel=1e-5)
+  others = [drawn(dropout=False), drawn(seed=1), drawn(number=1)]
+  assert min(abs(other - base) for other in others) > 1e-3
 
 
 def test_streams_differ_in_seed_purpose_and_step() -> None:

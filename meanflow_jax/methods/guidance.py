@@ -6,7 +6,17 @@ import math
 import jax
 import jax.numpy as jnp
 
-from meanflow_jax.arrays import Image, Label, Mask, PRNGKey, Time, VelocityFn, per_row
+from meanflow_jax.arrays import (
+  Image,
+  Label,
+  Mask,
+  PRNGKey,
+  Time,
+  VelocityFn,
+  per_row,
+  told,
+  without_class,
+)
 from meanflow_jax.methods.row_groups import RowGroups
 
 DROPPABLE_ROWS = ("all", "equal")
@@ -94,8 +104,9 @@ class LabelDropout:
 
   def __call__(self, key: PRNGKey, y: Label, rows: RowGroups) -> Mask:
     """Draws which rows drop their label [B]."""
-    dropped = jax.random.bernoulli(key, self.probability(rows), y.shape)
-    return dropped if self.droppable == "all" else dropped & rows.mask(y.shape[0])
+    (batch,) = told(y).label.shape
+    dropped = jax.random.bernoulli(key, self.probability(rows), (batch,))
+    return dropped if self.droppable == "all" else dropped & rows.mask(batch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +143,7 @@ class SamplingGuidance:
     pairs = RowGroups(size=2, first=1)
 
     def guided(z: Image, r: Time, t: Time, y: Label) -> Image:
-      given, null = (z, r, t, y), (z, r, t, jnp.full_like(y, self.null_label))
+      given, null = (z, r, t, y), (z, r, t, without_class(y, self.null_label))
       u, u_null = pairs.split(velocity_fn(*pairs.merge(given, null)))
       inside = (t >= self.t_min) & (t <= self.t_max)
       return u_null + per_row(jnp.where(inside, self.omega, 1.0)) * (u - u_null)

@@ -9,7 +9,19 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 from jaxtyping import Array, Float
 
-from meanflow_jax.arrays import Image, Label, Mask, PRNGKey, Scalar, Time, VelocityFn, per_row
+from meanflow_jax.arrays import (
+  Image,
+  Label,
+  Mask,
+  PRNGKey,
+  Scalar,
+  Time,
+  VelocityFn,
+  per_row,
+  told,
+  without_class,
+  without_dropout,
+)
 from meanflow_jax.kernels import forward_mode
 from meanflow_jax.methods.guidance import Guidance, LabelDropout
 from meanflow_jax.methods.row_groups import RowGroups
@@ -101,7 +113,10 @@ class MeanFlow:
 
   @property
   def forward_passes(self) -> float:
-    """What one step costs, in forward passes of its batch; a backward pass counts as two."""
+    """What one step costs, in forward passes of its batch; a backward pass counts as two.
+
+    With dropout in the network, kappa costs a pass of all rows instead of those with r < t.
+    """
     ahead = self.times.rows.rest / self.times.rows.size
     guidance = self.guidance.needs_unconditional + ahead * self.guidance.needs_conditional
     return 3 + ahead + guidance
@@ -133,7 +148,7 @@ class MeanFlow:
     """
     v = draws.noise - x
     z = x + per_row(draws.t) * v
-    y_in = jnp.where(draws.dropped, self.null_label, y)
+    y_in = without_class(y, self.null_label, draws.dropped)
     equal, ahead = draws.rows.split(_Rows(z, draws.r, draws.t, y, y_in))
 
     u_equal = velocity_fn(equal.z, equal.t, equal.t, equal.y_in)
@@ -181,11 +196,14 @@ class MeanFlow:
   ) -> tuple[Image, Image]:
     """u(z, t, t | y) and u(z, t, t | null), zeros where guidance does not ask for one.
 
-    Rows with r = t have their conditional velocity already; all else is one network pass.
+    Rows with r = t have their conditional velocity already, unless the loss took it with dropout;
+    all else is one network pass.
     """
     velocity = jax.named_scope("guidance")(lambda z, t, y: stop_gradient(velocity_fn(z, t, t, y)))
     rows = draws.rows
-    null = (z, draws.t, jnp.full_like(y, self.null_label))
+    if told(y).dropout is not None:
+      rows, u_equal, y = RowGroups(size=1, first=0), u_equal[:0], without_dropout(y)
+    null = (z, draws.t, without_class(y, self.null_label))
     _, ahead = rows.split((z, draws.t, y))
     if not self.guidance.needs_conditional:
       return jnp.zeros_like(z), velocity(*null)
