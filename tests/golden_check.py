@@ -26,9 +26,17 @@ from tests import (
   golden_inception,
   golden_meanflow,
   golden_sit,
+  golden_unet,
 )
 
-KINDS = (golden_meanflow, golden_autoencoder, golden_dinov2, golden_inception, golden_sit)
+KINDS = (
+  golden_meanflow,
+  golden_autoencoder,
+  golden_dinov2,
+  golden_inception,
+  golden_sit,
+  golden_unet,
+)
 Comparison = tuple[str, np.ndarray, np.ndarray]
 
 
