@@ -42,7 +42,13 @@ def get_config() -> ConfigDict:
   data.latents = ConfigDict({"path": ""})
   data.synthetic = ConfigDict({"length": 100_000})  # noise, to time things
 
-  config.model = model = ConfigDict()  # DiT
+  # Images changed at random on the devices (arXiv 2206.00364, appendix F); the network is told how
+  config.augmentation = ConfigDict()
+  config.augmentation.probability = 0.0  # of scale, of anisotropy and of translation; 0: none
+  config.augmentation.flip = False  # mirror half of the images, whatever data.flip did before
+
+  config.model = model = ConfigDict()
+  model.name = "dit"  # dit | unet: the keys below, or those of the section `unet`
   model.patch_size = 2
   model.update(DIT["B"])
   model.conditioning = ("t", "h")  # which of t, h = t - r and r are embedded
@@ -53,9 +59,18 @@ def get_config() -> ConfigDict:
   # where it cannot run
   model.attention = "auto"
   model.scan = True  # compile one block and loop over it
-  # What the backward pass recomputes: none | matmuls: all but products with weights |
-  # blocks: all but the input of each block
+  # What the backward pass recomputes: none | matmuls: all but products with weights (and
+  # convolutions) | blocks: all but the input of each block
   model.remat = "matmuls"
+  # DDPM++ (arXiv 2011.13456), which of the keys above reads model.dtype and model.remat
+  model.unet = unet = ConfigDict()
+  unet.width = 128  # channels
+  unet.multipliers = (2, 2, 2)  # of them, at each level; from one to the next, sides are halved
+  unet.blocks = 4  # of a level
+  unet.attention_at = (16,)  # heights of the images at which blocks attend
+  unet.num_heads = 1  # of the attention
+  unet.time_frequencies = 256  # sinusoids of a time's embedding
+  unet.dropout = 0.2  # in training
 
   config.method = method = ConfigDict()  # MeanFlow
   method.times = times = ConfigDict()

@@ -15,7 +15,8 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from meanflow_jax import features
-from meanflow_jax.data import sources
+from meanflow_jax.data import augment, sources
+from meanflow_jax.data.augment import Augmentation
 from meanflow_jax.data.latents import Latents
 from meanflow_jax.data.sources import Source
 from meanflow_jax.features import Extractor
@@ -29,6 +30,7 @@ from meanflow_jax.methods.time_sampling import LogitNormal, TimePairs, Uniform
 from meanflow_jax.models import autoencoder
 from meanflow_jax.models.autoencoder import Autoencoder
 from meanflow_jax.models.dit import DiT, Mixer
+from meanflow_jax.models.unet import UNet
 from meanflow_jax.runtime import pretrained
 from meanflow_jax.runtime.checkpoints import CheckpointError
 from meanflow_jax.runtime.mesh import (
@@ -40,7 +42,9 @@ from meanflow_jax.runtime.mesh import (
 )
 from meanflow_jax.runtime.pretrained import Origin
 from meanflow_jax.train_step import (
+  AugmentedInputs,
   Averages,
+  Inputs,
   TrainStep,
   latent_inputs,
   make_optimizer,
@@ -169,21 +173,77 @@ def network(config: ConfigDict, mesh: Mesh) -> nn.Module:
   """The network of `config.model`.
 
   Raises:
-    ValueError: if the image does not divide into patches, or the model's sizes do not fit each
-      other or the mesh.
+    ValueError: an unknown network; sizes that do not fit the image, each other or the mesh; an
+      augmentation that it cannot be told of.
   """
+  make = {"dit": _dit, "unet": _unet}
+  if config.model.name not in make:
+    raise ValueError(f"model.name must be one of {sorted(make)}, got {config.model.name!r}")
+  told = augment.LABELS if augmentation(config) else 0
+  made = make[config.model.name](config, told, mesh)
+  if made.width % mesh.shape[FSDP]:
+    key = "model.unet.width" if config.model.name == "unet" else "model.width"
+    raise ValueError(
+      f"mesh.fsdp {mesh.shape[FSDP]} does not divide {key} {made.width}, so that the layers could "
+      "not be spread evenly: set it to a divisor"
+    )
+  return made
+
+
+def network_keys(config: ConfigDict) -> dict[str, object]:
+  """The keys of `config.model` that its network is made of."""
+  model = config.model
+  if model.name == "unet":
+    return model.unet.to_dict() | {"dtype": model.dtype, "remat": model.remat}
+  return {k: v for k, v in model.to_dict().items() if k != "name" and not isinstance(v, dict)}
+
+
+def _dit(config: ConfigDict, told: int, mesh: Mesh) -> DiT:
+  if told:
+    raise ValueError(
+      "a network must be told how images were augmented, and model.name 'dit' takes no such label, "
+      "but 'unet' does: otherwise set augmentation.probability to 0 and augmentation.flip to False"
+    )
   if config.model.patch_size < 1 or config.data.image_size % config.model.patch_size:
     raise ValueError(
       f"data.image_size {config.data.image_size} is not divisible by model.patch_size "
       f"{config.model.patch_size}"
     )
-  if config.model.width % mesh.shape[FSDP]:
+  keys = network_keys(config) | {"attention": _attention(config, mesh)}
+  return DiT(**keys, num_classes=config.data.num_classes, constrain=constrain_rows(mesh))
+
+
+def _unet(config: ConfigDict, told: int, mesh: Mesh) -> UNet:
+  keys, classes = network_keys(config), config.data.num_classes
+  made = UNet(**keys, num_classes=classes, augmentation=told, constrain=constrain_rows(mesh))
+  made.check_sides(image_shape(config))
+  return made
+
+
+def augmentation(config: ConfigDict) -> Augmentation | None:
+  """The augmentation of `config.augmentation`, unless it is off.
+
+  Raises:
+    ValueError: an impossible setting, or images that are latents.
+  """
+  made = Augmentation(**config.augmentation)
+  if made.is_on and config.autoencoder.path:
     raise ValueError(
-      f"mesh.fsdp {mesh.shape[FSDP]} does not divide model.width {config.model.width}, so that the "
-      "layers could not be spread evenly: set it to a divisor"
+      "augmentation is of pixels, and the model is one of latents (autoencoder.path): set "
+      "augmentation.probability to 0 and augmentation.flip to False"
     )
-  settings = config.model.to_dict() | {"attention": _attention(config, mesh)}
-  return DiT(**settings, num_classes=config.data.num_classes, constrain=constrain_rows(mesh))
+  return made if made.is_on else None
+
+
+def inputs(config: ConfigDict) -> Inputs:
+  """What the model sees of a batch.
+
+  Raises:
+    ValueError: an impossible augmentation.
+  """
+  if changes := augmentation(config):
+    return AugmentedInputs(changes)
+  return latent_inputs if reads_moments(config) else pixel_inputs
 
 
 def _attention(config: ConfigDict, mesh: Mesh) -> Mixer:
@@ -271,7 +331,7 @@ def train_step(config: ConfigDict, network: nn.Module, method: MeanFlow, mesh: M
   return TrainStep(
     network=network,
     image_shape=image_shape(config),
-    inputs=latent_inputs if reads_moments(config) else pixel_inputs,
+    inputs=inputs(config),
     method=method,
     optimizer=optimizer,
     learning_rate=learning_rate,
@@ -279,6 +339,7 @@ def train_step(config: ConfigDict, network: nn.Module, method: MeanFlow, mesh: M
     accumulate=config.train.accumulate,
     seed=config.seed,
     guard=guard(config),
+    dropout=config.model.name == "unet" and config.model.unet.dropout > 0,
   )
 
 

@@ -6,6 +6,7 @@ mode of main.py starts; the config must describe the file's network. The layouts
   meanflow     a checkpoint folder of MeanFlow's reference in JAX: params, ema_params, step
   sit          the PyTorch state dict of a SiT with two time embedders, as .safetensors, .pt or
                .pth: flat, or below the keys `model` and `ema`, or below --key=NAME
+  unet         the PyTorch state dict of the published U-Net of CIFAR-10, in the same forms
   safetensors  a file of our own
 
 With --fine_tune, `sit` is a flow-matching SiT instead, without the second time embedder. Its files
@@ -39,7 +40,7 @@ from ml_collections import ConfigDict
 
 from meanflow_jax import build, command_line, storage
 from meanflow_jax.export import PLATFORMS, export_generator
-from meanflow_jax.models import dit_layouts
+from meanflow_jax.models import dit_layouts, unet
 from meanflow_jax.models.torch_layout import Params, Tensors
 from meanflow_jax.runtime import pretrained, weights
 from meanflow_jax.runtime.checkpoints import known_keys
@@ -48,7 +49,8 @@ from meanflow_jax.runtime.mesh import shardings_of
 from meanflow_jax.runtime.weights import Weights
 from meanflow_jax.train_step import TrainStep, init_params, item_name
 
-LAYOUTS = ("meanflow", "sit", "safetensors")
+LAYOUTS = ("meanflow", "sit", "unet", "safetensors")
+NETWORKS = {"meanflow": "dit", "sit": "dit", "unet": "unet"}  # model.name of a layout
 ACTIONS = ("read", "write", "download", "inception")
 
 
@@ -68,7 +70,7 @@ def read(
     workdir: without checkpoints.
     path: the file or folder.
     layout: one of `LAYOUTS`.
-    key: `sit`: the entry of a PyTorch file that holds the tensors.
+    key: `sit`, `unet`: the entry of a PyTorch file that holds the tensors.
     noise_at: `sit`: take it for a flow-matching network (`dit_layouts.from_flow_matching`).
 
   Raises:
@@ -78,6 +80,11 @@ def read(
   folder = storage.checkpoints_folder(config, workdir)
   if folder.exists() and any(folder.iterdir()):
     raise ValueError(f"{folder} is not empty, and left as it is: choose another --workdir")
+  if config.model.name != NETWORKS.get(layout, config.model.name):
+    raise ValueError(
+      f"--layout={layout} is of a network {NETWORKS[layout]!r}, and model.name is "
+      f"{config.model.name!r}: choose another config, or the layout of its network"
+    )
   mesh = build.mesh(config)
   train_step = build.train_step(config, build.network(config, mesh), build.method(config), mesh)
   found = _load(config, path, layout, key)
@@ -152,7 +159,7 @@ def assign(sets: Collection[str], items: Collection[str]) -> dict[str, str]:
 def _load(config: ConfigDict, path: pathlib.Path, layout: str, key: str | None) -> Weights:
   if layout == "meanflow":
     return weights.read_meanflow(path)
-  if layout == "sit":
+  if layout in ("sit", "unet"):
     return weights.read_state_dict(path, key)
   tensors, header = weights.read_safetensors(path)
   if not {"config", "step", "average"} <= header.keys():
@@ -186,6 +193,7 @@ def _converter(
   convert = {
     "meanflow": dit_layouts.from_meanflow,
     "sit": dit_layouts.from_sit,
+    "unet": unet.params_from_torch,
     "safetensors": dit_layouts.from_paths,
   }
   return lambda tensors: convert[layout](network, shape, tensors)
@@ -207,7 +215,7 @@ def define_flags(values: flags.FlagValues) -> None:
   text = lambda name, help: flags.DEFINE_string(name, None, help, flag_values=values)
   text("workdir", "--read, --write: the folder of the run.")
   text("read", "The file or folder to make a checkpoint of.")
-  text("key", "--layout=sit: the entry of a .pt file that holds the tensors.")
+  text("key", "--layout=sit or unet: the entry of a .pt file that holds the tensors.")
   text("write", "The .safetensors file to write, or the folder of a generator.")
   text("inception", "The published .pth file of FID's Inception.")
   text("out", "--download: the folder; --inception: the .safetensors file.")
@@ -239,8 +247,10 @@ def check_flags(given: flags.FlagValues) -> None:
       raise ValueError(f"--{name} is not read with --{actions[0]}")
   if given.write is not None and pathlib.Path(given.write).suffix not in ("", ".safetensors"):
     raise ValueError(f"--write must end in .safetensors, or name a folder; got {given.write!r}")
-  if given.layout != "sit" and (given.fine_tune or given.key is not None):
-    raise ValueError("--fine_tune and --key are for --layout=sit")
+  if given.key is not None and given.layout not in ("sit", "unet"):
+    raise ValueError("--key is for --layout=sit and --layout=unet")
+  if given.fine_tune and given.layout != "sit":
+    raise ValueError("--fine_tune is for --layout=sit")
   if given.fine_tune != (given.noise_at is not None):
     raise ValueError(
       "--fine_tune needs --noise_at=0 or --noise_at=1, and nothing else does: the time at which "

@@ -98,6 +98,11 @@ class Labels:
   def __post_init__(self):
     if self.rule not in LABEL_RULES:
       raise ValueError(f"sample.labels must be one of {LABEL_RULES}, got {self.rule!r}")
+    if self.rule == "one" and not self.num_classes:
+      raise ValueError(
+        "sample.labels 'one' asks for a class, and the model is unconditional "
+        "(data.num_classes = 0): leave it at 'balanced'"
+      )
     if self.rule == "one" and not 0 <= self.label < self.num_classes:
       raise ValueError(
         f"sample.label must lie in [0, {self.num_classes}), the model's classes; got {self.label}"

@@ -167,9 +167,9 @@ def _heading(job: Job, mesh: Mesh) -> Iterator[str]:
   rows = config.train.batch_size
   share = f"{rows / mesh.size:g} per device, {config.train.accumulate} microbatches"
   yield _line("batch", f"{rows} ({share})")
-  yield _line(
-    "model", f"{config.model.dtype}, remat {config.model.remat}, scan {config.model.scan}"
-  )
+  model = config.model
+  scan = f", scan {model.scan}" if model.name == "dit" else ""
+  yield _line("model", f"{model.name}, {model.dtype}, remat {model.remat}{scan}")
 
 
 def _memory(job: Job, step: TrainStep, mesh: Mesh, need: Need) -> Iterator[str]:

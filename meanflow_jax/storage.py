@@ -33,9 +33,9 @@ def ema_item(config: ConfigDict, ema: float) -> str:
 
 def identity(config: ConfigDict) -> dict[str, dict[str, object]]:
   """The keys that shape the parameters: a checkpoint must agree with them."""
-  model = config.model.to_dict()
-  for free in ("dtype", "scan", "remat", "attention"):
-    del model[free]
+  name, free = config.model.name, ("dtype", "scan", "remat", "attention", "dropout")
+  keys = {key: value for key, value in build.network_keys(config).items() if key not in free}
+  model = {"name": name, **(keys if name == "dit" else {name: keys})}
   data = {key: config.data[key] for key in ("image_size", "channels", "num_classes")}
   return {"model": model, "data": data}
 

@@ -93,8 +93,8 @@ def test_a_preset_builds(preset):
     with pytest.raises(FileNotFoundError, match="sd-vae-ft-mse"):
       build.sample_generator(config, network, method, mesh)
     config.autoencoder.path = ""
-    config.evaluate.extractors = ("pixels",)
-    config.evaluate.figures = ("frechet",)
+  config.evaluate.extractors = ("pixels",)
+  config.evaluate.figures = ("frechet",)
   build.sample_generator(config, network, method, mesh)
   assert make_evaluator(config, network, method, mesh, lambda: build.source(config))
 

@@ -137,10 +137,15 @@ def test_label_rules() -> None:
   assert labels_of(Labels("random", 0, 4), 50) != labels_of(Labels("random", 0, 4), 50, seed=1)
 
 
-@pytest.mark.parametrize(("label", "num_classes"), [(4, 4), (-1, 4), (0, 0)])
+@pytest.mark.parametrize(("label", "num_classes"), [(4, 4), (-1, 4)])
 def test_a_label_that_is_no_class_is_refused(label: int, num_classes: int) -> None:
   with pytest.raises(ValueError, match=rf"sample.label .*\[0, {num_classes}\).*got {label}"):
     Labels("one", label, num_classes)
+
+
+def test_an_unconditional_model_has_no_class_to_ask_for() -> None:
+  with pytest.raises(ValueError, match=r"sample.labels 'one'.* unconditional"):
+    Labels("one", 0, 0)
 
 
 def test_unknown_label_rules_are_refused() -> None:

@@ -12,6 +12,7 @@ Names and shapes do not tell the number of heads, which way time runs, nor what 
 
 from collections.abc import Callable, Mapping
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,7 +74,7 @@ def to_paths(params: Params) -> dict[str, Array | np.ndarray]:
   return traverse_util.flatten_dict(params, sep="/")
 
 
-def from_paths(network: DiT, image_shape: tuple[int, ...], tensors: Tensors) -> Params:
+def from_paths(network: nn.Module, image_shape: tuple[int, ...], tensors: Tensors) -> Params:
   """Undoes `to_paths`, for a network that sees images [H, W, C].
 
   Raises:
@@ -196,7 +197,7 @@ def _renamed(path: str, names: Mapping[str, str]) -> tuple[str, str]:
   return names[layer], leaf
 
 
-def _shapes(network: DiT, image_shape: tuple[int, ...]) -> Params:
+def _shapes(network: nn.Module, image_shape: tuple[int, ...]) -> Params:
   image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
   time = jax.ShapeDtypeStruct((1,), jnp.float32)
   label = jax.ShapeDtypeStruct((1,), jnp.int32)

@@ -290,27 +290,25 @@ class Checkpoints:
     return {name: restored[name] for name in targets}
 
   def _require_identity(self, step: int, identity: Mapping[str, Mapping[str, Any]]) -> None:
-    config = self.config(step)
-    if lines := _differences(*map(_by_name, known_keys(config, identity))):
+    theirs, ours = known_keys(self.config(step), identity)
+    if lines := _differences(_by_name(theirs), _by_name(ours)):
       raise CheckpointError(_listing(f"{self._folder(step)} has another config", lines))
 
 
 def known_keys(
-  config: Mapping[str, Any], identity: Mapping[str, Mapping[str, Any]]
-) -> tuple[PyTree, PyTree]:
-  """What a saved config and an identity say of the keys that both have.
+  config: Mapping[str, Any], identity: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """What a saved config and an identity say of the keys that both have, in all their sections.
 
   A key that is younger than the checkpoint says nothing of it; arrays are compared anyway.
   """
-  both = {
-    section: [key for key in keys if key in config.get(section, {})]
-    for section, keys in identity.items()
-  }
-  theirs, ours = (
-    {section: {key: tree[section][key] for key in keys} for section, keys in both.items() if keys}
-    for tree in (config, identity)
-  )
-  return theirs, json.loads(json.dumps(ours))  # tuples are lists there
+  theirs, ours = {}, {}
+  for key, value in json.loads(json.dumps(identity)).items():  # tuples are lists there
+    if isinstance(value, Mapping):
+      theirs[key], ours[key] = known_keys(config.get(key, {}), value)
+    elif key in config:
+      theirs[key], ours[key] = config[key], value
+  return theirs, ours
 
 
 def _require_same_arrays(item: epath.Path, target: PyTree) -> None:
