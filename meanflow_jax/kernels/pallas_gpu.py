@@ -30,12 +30,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
+from meanflow_jax.kernels.plain import Layout, Packed
+
 try:
   from jax.experimental.pallas import triton as plgpu
 except ImportError:
   plgpu = None
 
-Packed = Float[Array, "B N _"]  # heads side by side, of K D columns or three times as many
 Heads = Float[Array, "B N T K D"]  # T is 3 for queries, keys and values in one array, or else 1
 Part = tuple[Array, int]  # such an array and which third of it, or one of a number of each query
 Cut = list[Array]  # a block of a head, in pieces whose widths are powers of two
@@ -68,26 +69,8 @@ def takes_packed(tokens: int, heads: int, size: int, dtype: str) -> bool:
   return True
 
 
-@dataclasses.dataclass(frozen=True)
-class Kernels:
-  """The three kernels for sequences of `heads` heads.
-
-  Queries, keys and values are three arrays [B, N, K D], or `packed` into one [B, N, 3 K D], as a
-  projection puts them out: taking that apart would cost as much memory traffic as a kernel does.
-
-  Attributes:
-    heads: K.
-    packed: whether arguments, and so tangents and gradients, are one array.
-    interpret: run in Python, on any platform.
-  """
-
-  heads: int
-  packed: bool
-  interpret: bool = False
-
-  def width(self, argument: Packed) -> int:
-    """K D."""
-    return argument.shape[2] // (3 if self.packed else 1)
+class Kernels(Layout):
+  """The three kernels for sequences of `heads` heads, in one layout of their arguments."""
 
   def forward(self, *qkv: Packed) -> Packed:
     """Attention [B, N, K D]."""

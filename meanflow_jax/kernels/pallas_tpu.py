@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
-from meanflow_jax.kernels.plain import Packed
+from meanflow_jax.kernels.plain import Layout, Packed
 
 Part = tuple[Packed, int]  # an array and which third of it
 SpecOf = Callable[[int], pl.BlockSpec]  # of a third of an array
@@ -54,26 +54,8 @@ def takes_packed(tokens: int, heads: int, size: int, dtype: str) -> bool:
   return block.columns % LANES == 0 and block.fits(packed=True)
 
 
-@dataclasses.dataclass(frozen=True)
-class Kernels:
-  """The three kernels for sequences of `heads` heads.
-
-  Queries, keys and values are three arrays [B, N, K D], or `packed` into one [B, N, 3 K D], as a
-  projection puts them out: taking that apart would cost as much memory traffic as a kernel does.
-
-  Attributes:
-    heads: K.
-    packed: whether arguments, and so tangents and gradients, are one array.
-    interpret: run in Python, on any platform.
-  """
-
-  heads: int
-  packed: bool
-  interpret: bool = False
-
-  def width(self, argument: Packed) -> int:
-    """K D."""
-    return argument.shape[2] // (3 if self.packed else 1)
+class Kernels(Layout):
+  """The three kernels for sequences of `heads` heads, in one layout of their arguments."""
 
   def forward(self, *qkv: Packed) -> Packed:
     """Attention [B, N, K D]."""

@@ -1,11 +1,35 @@
 """Attention as XLA compiles it, on any platform; scores are written to memory."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 Heads = Float[Array, "B N K D"]
 Packed = Float[Array, "B N _"]  # heads side by side
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """How the arguments of fused attention lie in memory.
+
+  Queries, keys and values are three arrays [B, N, K D], or `packed` into one [B, N, 3 K D], as a
+  projection puts them out: taking that apart would cost as much memory traffic as a kernel does.
+
+  Attributes:
+    heads: K.
+    packed: whether arguments, and so tangents and gradients, are one array.
+    interpret: run in Python, on any platform.
+  """
+
+  heads: int
+  packed: bool
+  interpret: bool = False
+
+  def width(self, argument: Packed) -> int:
+    """K D."""
+    return argument.shape[2] // (3 if self.packed else 1)
 
 
 def attention(q: Heads, k: Heads, v: Heads) -> Heads:
