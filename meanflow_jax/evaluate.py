@@ -12,9 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
@@ -33,7 +31,7 @@ from meanflow_jax.features import Extractor
 from meanflow_jax.methods.meanflow import MeanFlow
 from meanflow_jax.methods.sampler import time_grid
 from meanflow_jax.metrics.summary import FIGURES, HIGHER_IS_BETTER, KEEPING, SPATIAL
-from meanflow_jax.runtime import reference_statistics
+from meanflow_jax.runtime import processes, reference_statistics
 from meanflow_jax.runtime.plots import plot_lines
 from meanflow_jax.runtime.reference_statistics import Statistics
 from meanflow_jax.runtime.reporting import table, write_whole
@@ -256,7 +254,7 @@ def is_best(workdir: pathlib.Path, name: str, value: float, conditions: Row) -> 
   sign = 1 if name.startswith(HIGHER_IS_BETTER) else -1
   alike = (known.get("figure"), known.get("conditions")) == (name, conditions)
   better = not alike or sign * value > sign * known["value"]
-  return bool(multihost_utils.broadcast_one_to_all(np.asarray(better)))
+  return processes.agreed(better)
 
 
 def note_best(workdir: pathlib.Path, step: int, name: str, value: float, conditions: Row) -> None:

@@ -7,14 +7,13 @@ import sys
 from typing import NoReturn
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from meanflow_jax import build, evaluate, sample, storage
 from meanflow_jax.evaluate import Evaluator
 from meanflow_jax.generate import Generator
+from meanflow_jax.runtime import processes
 from meanflow_jax.runtime.checkpoints import Checkpoints
 from meanflow_jax.runtime.images import grid, save_png
 from meanflow_jax.runtime.interrupts import StopRequest
@@ -111,18 +110,13 @@ class Outputs:
 
   def lacks_grid(self, step: int) -> bool:
     """Whether process 0 finds no grid of a step."""
-    return _agreed(not self.grid_path(step).exists())
+    return processes.agreed(not self.grid_path(step).exists())
 
   def lacks_figures(self, step: int) -> bool:
     """Whether process 0 finds no figures of a step, of which there should be some."""
     path = evaluate.figures_path(self.workdir, step)
-    return _agreed(self.evaluator is not None and not path.exists())
+    return processes.agreed(self.evaluator is not None and not path.exists())
 
   def grid_path(self, step: int) -> pathlib.Path:
     """Where the grid of a step lies."""
     return self.workdir / "samples" / f"step_{step:07d}.png"
-
-
-def _agreed(found: bool) -> bool:
-  """What process 0 found, on all."""
-  return bool(multihost_utils.broadcast_one_to_all(np.asarray(found)))

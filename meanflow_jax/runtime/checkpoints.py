@@ -30,6 +30,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
+from meanflow_jax.runtime import processes
+
 PyTree = Any
 Manifest = dict[str, dict[str, list[int]]]  # item -> file -> [size, checksum]
 
@@ -253,8 +255,7 @@ class Checkpoints:
   def _damage(self, step: int, items: Collection[str]) -> str | None:
     """What process 0 finds wrong with the files of `items`: one verdict for all processes."""
     found = _find_damage(self._folder(step), items) if jax.process_index() == 0 else None
-    damaged = multihost_utils.broadcast_one_to_all(np.asarray(found is not None))
-    return (found or "process 0 knows why") if damaged else None
+    return (found or "process 0 knows why") if processes.agreed(found is not None) else None
 
   def _set_aside(self, step: int, damage: str) -> None:
     if jax.process_index() == 0:

@@ -7,6 +7,8 @@ import threading
 from collections.abc import Mapping
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 # Seconds without a sign of life after which a process counts as lost.
 HEARTBEAT = 30
@@ -58,6 +60,11 @@ def join(*, detect: bool, timeout: int) -> None:
     ) from error
   finally:
     late.cancel()
+
+
+def agreed(found: bool) -> bool:
+  """What process 0 has found, on all processes: one verdict."""
+  return bool(multihost_utils.broadcast_one_to_all(np.asarray(found)))
 
 
 def is_cluster(environment: Mapping[str, str]) -> bool:
