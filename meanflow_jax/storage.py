@@ -90,7 +90,8 @@ def trained_params(
   Raises:
     FileNotFoundError: there is no checkpoint.
     CheckpointError: there is one of another network, or only damaged ones.
-    ValueError: `sample.checkpoint` is neither newest nor best nor a step.
+    ValueError: `sample.checkpoint` is neither newest nor best nor a step, or the checkpoint is to
+      be sampled in another way than the config says.
   """
   which = config.sample.checkpoint
   if which not in ("newest", "best") and not which.isdecimal():
@@ -108,5 +109,19 @@ def trained_params(
         identity=identity(config),
       )
       if restored:
-        return *restored, saved.config(restored[0])
+        trained_with = saved.config(restored[0])
+        _check_sampling(trained_with, config)
+        return *restored, trained_with
   raise FileNotFoundError(f"no checkpoint in {folder}: train first")
+
+
+def _check_sampling(trained_with: dict[str, Any], config: ConfigDict) -> None:
+  """A model of plain flow matching knows u at r = t only, and is sampled in Euler's steps."""
+  theirs = trained_with["method"]["times"]["equal_fraction"]
+  ours = config.method.times.equal_fraction
+  if (theirs == 1) != (ours == 1):
+    raise ValueError(
+      f"the checkpoint was trained with method.times.equal_fraction {theirs}, and this config says "
+      f"{ours}: one of them is flow matching, which is sampled in another way; give "
+      f"--config.method.times.equal_fraction={theirs}"
+    )

@@ -224,6 +224,16 @@ def test_sampling_draws_the_last_grid_of_training(
 
 
 @on_many
+def test_flow_matching_and_meanflow_are_not_taken_for_each_other(
+  whole: Whole, tmp_path: pathlib.Path
+) -> None:
+  config, words = tiny({"method.times.equal_fraction": 1.0}), r"equal_fraction 0.5, .* says 1.0"
+  with devices(*whole.mesh), pytest.raises(build.UserError, match=words):
+    sample.run(config, whole.workdir, tmp_path / "x.png")
+  assert not list(tmp_path.iterdir())
+
+
+@on_many
 def test_evaluation_finds_the_figures_of_training(
   whole: Whole, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
