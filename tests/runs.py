@@ -128,8 +128,15 @@ def start(
   """A tiny run in a process of its own, with one device; and environment variables."""
   keys = [f"--config.{key}={value}" for key, value in (TINY | (changes or {})).items()]
   command = [sys.executable, "main.py", "--config=configs/digits.py", f"--workdir={workdir}"]
+  return start_program(
+    "bash", "-c", f'{shell} exec "$@"', "bash", *command, *keys, *flags, variables=variables
+  )
+
+
+def start_program(*command: str, variables: dict[str, str] | None = None) -> subprocess.Popen[str]:
+  """Any program, where the project lies and without accelerators."""
   return subprocess.Popen(
-    ["bash", "-c", f'{shell} exec "$@"', "bash", *command, *keys, *flags],
+    command,
     cwd=ROOT,
     env=os.environ | {"JAX_PLATFORMS": "cpu"} | (variables or {}),
     stdout=subprocess.PIPE,

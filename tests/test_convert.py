@@ -5,7 +5,6 @@ import json
 import os
 import pathlib
 import re
-import subprocess
 import sys
 import zlib
 from typing import Any
@@ -35,6 +34,7 @@ from tests.runs import (
   finish,
   mesh_of,
   start,
+  start_program,
   tiny,
   train_step,
 )
@@ -145,14 +145,7 @@ def test_without_averages_only_the_parameters_are_taken(tmp_path, capsys):
 def command(workdir: pathlib.Path, *given: str) -> str:
   keys = [f"--config.{key}={value}" for key, value in (TINY | CHANGES).items()]
   program = [sys.executable, "-m", "meanflow_jax.convert", "--config=configs/digits.py"]
-  process = subprocess.Popen(
-    [*program, f"--workdir={workdir}", *keys, *given],
-    cwd=ROOT,
-    env=os.environ | {"JAX_PLATFORMS": "cpu"},
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-  )
+  process = start_program(*program, f"--workdir={workdir}", *keys, *given)
   status, output, errors = finish(process)
   assert (status == 0) == (not errors.startswith("error: ")), errors
   return output + errors

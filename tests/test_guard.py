@@ -4,10 +4,8 @@ import collections
 import functools
 import json
 import math
-import os
 import pathlib
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -23,18 +21,18 @@ from meanflow_jax import build, command_line, diagnosis, train
 from meanflow_jax.data.sources import Digits
 from meanflow_jax.guard import ACTIONS, PATIENCE, Guard, GuardState, part_names, part_norms
 from meanflow_jax.methods.meanflow import MeanFlow
-from meanflow_jax.runtime.checkpoints import Checkpoints
 from meanflow_jax.runtime.mesh import global_batch
 from meanflow_jax.runtime.reporting import NonFiniteError, Report
-from meanflow_jax.train_step import TrainState, TrainStep, from_items, to_items
+from meanflow_jax.train_step import TrainState, TrainStep
 from tests.runs import (
-  ROOT,
   assert_bitwise_equal,
   assert_close,
   comparable,
   finish,
   logged,
   mesh_of,
+  saved_state,
+  start_program,
   tiny,
   train_step,
 )
@@ -182,15 +180,6 @@ def small_network() -> Iterator[None]:
     yield
 
 
-def state_at(workdir: pathlib.Path, config: Any, step: int) -> TrainState:
-  mesh = mesh_of(1, 1)
-  targets = to_items(train_step(config, mesh).abstract_state(mesh))
-  folder = workdir / "checkpoints"
-  with Checkpoints(folder, keep_latest=9, keep_every=None, read_only=True) as saved:
-    _, items = saved.restore(targets, step=step)
-  return jax.tree.map(np.asarray, from_items(items, jnp.int32(step)))
-
-
 def without_guard(state: TrainState) -> TrainState:
   return state.replace(guard=None)
 
@@ -227,7 +216,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def test_to_record_a_spike_changes_nothing(runs: Any) -> None:
   plain, watched = runs("off"), runs("record")
-  ours, theirs = (state_at(path, config_of("off"), STEPS) for path in (watched, plain))
+  ours, theirs = (saved_state(path, STEPS, config_of("off")) for path in (watched, plain))
   assert_bitwise_equal(ours, theirs)
   assert spiked_steps(watched) == [7]
   extra = [{k: v for k, v in line.items() if k != "spike"} for line in lines(watched)]
@@ -285,7 +274,7 @@ def draws_of_step(step: TrainStep, number: int, batch: dict[str, np.ndarray]) ->
 @pytest.mark.parametrize("mesh", [ONE, MANY])
 def test_to_skip_leaves_the_parameters_as_they_were(runs: Any, mesh: tuple[int, int]) -> None:
   config, workdir = config_of("skip"), runs("skip", mesh)
-  before, after, next_ = (state_at(workdir, config, step) for step in (6, 7, 8))
+  before, after, next_ = (saved_state(workdir, step, config) for step in (6, 7, 8))
   for name in ("params", "ema", "opt_state"):
     assert_bitwise_equal(getattr(after, name), getattr(before, name))
     with pytest.raises(AssertionError):
@@ -301,7 +290,7 @@ def test_to_skip_leaves_the_parameters_as_they_were(runs: Any, mesh: tuple[int, 
 def test_any_number_of_devices_finds_and_does_the_same(runs: Any, action: str) -> None:
   one, many = runs(action, ONE), runs(action, MANY)
   config = config_of(action)
-  ours, theirs = (comparable(state_at(path, config, STEPS)) for path in (many, one))
+  ours, theirs = (comparable(saved_state(path, STEPS, config)) for path in (many, one))
   assert_close(ours, theirs, rtol=1e-3)
   assert ours.guard.offset == theirs.guard.offset == {"skip": 0, "roll_back": 3}[action]
   assert spiked_steps(many) == spiked_steps(one)
@@ -309,7 +298,7 @@ def test_any_number_of_devices_finds_and_does_the_same(runs: Any, action: str) -
 
 def test_a_gradient_that_is_not_finite_is_skipped(runs: Any) -> None:
   workdir, config = runs("skip", ONE, math.nan), config_of("skip")
-  state = state_at(workdir, config, STEPS)
+  state = saved_state(workdir, STEPS, config)
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
   assert spiked_steps(workdir) == [7]
   assert "error" not in logged(workdir)[6]
@@ -325,7 +314,7 @@ def test_what_is_not_finite_for_long_stops_the_run(
   with pytest.raises(NonFiniteError, match="step 9:"):
     trained(tmp_path, config, spikes=tuple(range(5, 10)), factor=math.nan)
   assert (tmp_path / "nonfinite_step_0000009" / "step.json").exists()
-  finite = jax.tree.map(np.isfinite, state_at(tmp_path, config, 8))
+  finite = jax.tree.map(np.isfinite, saved_state(tmp_path, 8, config))
   assert all(x.all() for x in jax.tree.leaves(finite))
 
 
@@ -335,14 +324,16 @@ def test_a_roll_back_goes_on_from_the_checkpoint_with_the_batches_after_the_spik
 ) -> None:
   workdir, config = runs("roll_back", ONE, factor), config_of("roll_back")
   assert steps_saved(workdir) == [4, 8, 12]
-  state = state_at(workdir, config, STEPS)
+  state = saved_state(workdir, STEPS, config)
   assert state.guard.offset == 3  # back from step 7 to 4, whose next batch was that of number 4
   assert spiked_steps(workdir) == []  # what was undone is not in the curve either
   assert [line["step"] for line in logged(workdir)] == [*range(1, STEPS + 1)]
   facts = json.loads((workdir / "spikes" / "step_0000007.json").read_text())
   assert facts["outcome"] == "back to step 4, and on with other data"
   # The same without the loop: from the checkpoint, the batches and draws 7, 8, ..., 14.
-  expected = walked(train_step(config, mesh_of(*ONE)), state_at(workdir, config, 4), range(7, 15))
+  expected = walked(
+    train_step(config, mesh_of(*ONE)), saved_state(workdir, 4, config), range(7, 15)
+  )
   assert_bitwise_equal(without_guard(state), without_guard(expected))
 
 
@@ -394,7 +385,7 @@ def test_a_run_that_is_stopped_around_a_roll_back_resumes_bitwise(
   assert steps_saved(tmp_path)[-1] == saved
   trained(tmp_path, config, spikes=(6,))
   assert steps_saved(tmp_path)[-2:] == [8, 12]
-  assert_bitwise_equal(state_at(tmp_path, config, STEPS), state_at(whole, config, STEPS))
+  assert_bitwise_equal(saved_state(tmp_path, STEPS, config), saved_state(whole, STEPS, config))
   assert lines(tmp_path) == lines(whole)
 
 
@@ -404,8 +395,8 @@ def test_without_a_checkpoint_that_is_old_enough_the_run_goes_on(
   config = config_of("roll_back", **{"train.guard.steps_back": 4})
   trained(tmp_path, config, spikes=(6,))
   assert "no checkpoint is 4 steps older" in capsys.readouterr().out
-  ours = state_at(tmp_path, config, STEPS)
-  theirs = state_at(runs("record"), config_of("record"), STEPS)
+  ours = saved_state(tmp_path, STEPS, config)
+  theirs = saved_state(runs("record"), STEPS, config_of("record"))
   assert_bitwise_equal(ours, theirs)
 
 
@@ -440,20 +431,15 @@ def test_memory_and_roll_backs_are_found_where_the_checkpoints_lie(
     trained(tmp_path / "run", config, spikes=(6,))
   patch.undo()
   trained(tmp_path / "run", config, spikes=(6,))
-  states = (state_at(path, config, STEPS) for path in (tmp_path / "elsewhere", runs("roll_back")))
+  states = (
+    saved_state(path, STEPS, config) for path in (tmp_path / "elsewhere", runs("roll_back"))
+  )
   assert_bitwise_equal(*states)
 
 
 def live(workdir: pathlib.Path, *moment: str) -> tuple[int, str]:
   """A run with a spike in a process of its own, perhaps killed; exit status and what it said."""
-  process = subprocess.Popen(
-    [sys.executable, "-m", "tests.spiked", str(workdir), *moment],
-    cwd=ROOT,
-    env=os.environ | {"JAX_PLATFORMS": "cpu"},
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-  )
+  process = start_program(sys.executable, "-m", "tests.spiked", str(workdir), *moment)
   status, output, errors = finish(process)
   return status, output + errors
 
@@ -480,7 +466,7 @@ def test_kills_around_a_roll_back_change_not_one_bit(tmp_path: pathlib.Path) -> 
   config = config_of("roll_back", **FAR_BACK)
   assert steps_saved(rough) == steps_saved(calm) == [2, 4, 6, 8, 10, 12]
   for step in steps_saved(calm):
-    assert_bitwise_equal(*(state_at(workdir, config, step) for workdir in (rough, calm)))
+    assert_bitwise_equal(*(saved_state(workdir, step, config) for workdir in (rough, calm)))
   note = json.loads((rough / "checkpoints" / "4" / "returns.json").read_text())
   assert note == {"times": 1, "position": 11}
   assert lines(rough) == lines(calm)
@@ -510,7 +496,7 @@ def test_a_guard_can_be_turned_on_and_off(tmp_path: pathlib.Path) -> None:
   patch.undo()
   on = config_of("roll_back", **{"train.guard.window": 1, "train.guard.steps_back": 3})
   trained(tmp_path, on, spikes=(8,))  # rolls back to a checkpoint that knows of no guard
-  assert state_at(tmp_path, on, STEPS).guard.offset == 3
+  assert saved_state(tmp_path, STEPS, on).guard.offset == 3
   trained(tmp_path, config_of("off"), spikes=(8,))
   assert steps_saved(tmp_path)[-1] == STEPS
 
