@@ -195,8 +195,9 @@ def test_scheduled_cycles_win_over_the_roofline():
 
 @pytest.mark.tpu
 def test_the_compiler_of_tpus():
-  """Its figures of a tiny step, and its refusal of a gigantic one."""
-  mesh = make_mesh(2, 2, topology.tpu_devices("v5e:2x2"))
+  """Its figures of tiny steps, and its refusal of a gigantic one."""
+  devices = topology.tpu_devices("v5e:2x2")
+  mesh, alone = make_mesh(2, 2, devices), make_mesh(4, 1, devices)
   config = tiny({"data.image_size": 16, "model.patch_size": 2})
   step = train_step(config, mesh)
   with uncached():
@@ -207,6 +208,12 @@ def test_the_compiler_of_tpus():
   assert figures.program.collectives["all-reduce"].size > 0
   assert figures.program.cycles > 0
   assert figures.program.uncounted_loops == 0
+
+  step = train_step(config, alone)
+  with uncached():
+    figures = compile_step(step, build.abstract_batch(config, alone), alone)
+  gradients = device_bytes(step.abstract_state(alone).params)
+  assert figures.program.collectives["all-reduce"].size == pytest.approx(gradients, rel=0.01)
 
   config.train.batch_size = 2**24
   with uncached(), pytest.raises(DoesNotFitError, match="memory") as caught:

@@ -133,6 +133,21 @@ def compiled_text(function, *shapes: tuple[int, ...]) -> str:
   return jax.jit(spread).lower(*arguments).compile().as_text()
 
 
+def test_sums_of_several_arrays_count_each():
+  """Though those inside one `shard_map` share their channel."""
+  body = """
+ENTRY %main (a.1: f32[8], b.1: f32[4], c.1: f32[8]) -> f32[8] {
+  %a.1 = f32[8]{0} parameter(0)
+  %b.1 = f32[4]{0} parameter(1)
+  %c.1 = f32[8]{0} parameter(2)
+  %r.1 = f32[8]{0} all-reduce(%a.1), channel_id=1, to_apply=%add
+  %r.2 = f32[4]{0} all-reduce(%b.1), channel_id=1, to_apply=%add
+  ROOT %r.3 = f32[8]{0} all-reduce(%c.1), channel_id=1, to_apply=%add
+}
+"""
+  assert hlo.read(body).collectives == {"all-reduce": Traffic(3, 4 * (8 + 4 + 8))}
+
+
 def test_the_collectives_of_a_real_program():
   def five_sums(x):
     add = lambda carry, _: (jnp.tanh(jax.lax.psum(carry, DATA)), None)

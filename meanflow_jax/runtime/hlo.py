@@ -64,14 +64,14 @@ def read(text: str) -> Program:
   """Reads the text of a compiled module (`Compiled.as_text()`), loops counted as they run.
 
   A collective that is started in one place and waited for in another counts once, and so does one
-  that TPUs split over several fusions, which share its channel.
+  that TPUs split over several fusions, which share its channel and its type.
 
   Raises:
     ValueError: if this is no such text.
   """
   entry, computations = _parse(text)
   runs, uncounted = _runs(entry, computations)
-  traffic: dict[tuple[str, str], tuple[int, int]] = {}
+  traffic: defaultdict[tuple[str, ...], Counter] = defaultdict(Counter)
   cycles = 0
   for name, instructions in computations.items():
     types = {i.name: i.type for i in instructions}
@@ -81,14 +81,15 @@ def read(text: str) -> Program:
       kind = i.opcode.removesuffix("-start")
       if kind in COLLECTIVES and runs[name]:
         channel = re.search(r"channel_id=(\d+)", i.rest)
-        key = kind, channel[1] if channel else f"{name}/{i.name}"
-        traffic[key] = max(traffic.get(key, (0, 0)), (runs[name], _size(i, types)))
+        key = kind, *((channel[1], i.type) if channel else (name, i.name))
+        traffic[key][name, _size(i, types)] += runs[name]
   return Program(_by_kind(traffic), cycles, uncounted)
 
 
-def _by_kind(traffic: dict[tuple[str, str], tuple[int, int]]) -> dict[str, Traffic]:
+def _by_kind(traffic: dict[tuple[str, ...], Counter]) -> dict[str, Traffic]:
   count, size = Counter(), Counter()
-  for (kind, _), (runs, bytes_) in traffic.items():
+  for (kind, *_), places in traffic.items():
+    (_, bytes_), runs = max(places.items(), key=lambda place: place[1])
     count[kind] += runs
     size[kind] += runs * bytes_
   return {kind: Traffic(count[kind], size[kind]) for kind in COLLECTIVES if count[kind]}
