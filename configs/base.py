@@ -6,6 +6,8 @@ All cadences are in steps. The defaults are those of MeanFlow's ImageNet recipe 
 
 from ml_collections import ConfigDict
 
+from meanflow_jax.methods import registry
+
 # Sizes of the published transformers (arXiv 2212.09748, Table 1).
 DIT = {
   "S": {"depth": 12, "width": 384, "num_heads": 6},
@@ -48,12 +50,14 @@ def get_config() -> ConfigDict:
   config.augmentation.flip = False  # mirror half of the images, whatever data.flip did before
 
   config.model = model = ConfigDict()
-  model.name = "dit"  # dit | unet: the keys below, or those of the section `unet`
+  # dit: the keys below | in_context_dit: these and its section; it has two heads and takes guidance
+  # as an input | unet: its section
+  model.name = "dit"
   model.patch_size = 2
   model.update(DIT["B"])
-  model.conditioning = ("t", "h")  # which of t, h = t - r and r are embedded
+  model.conditioning = ("t", "h")  # which of t, h = t - r and r are embedded (dit)
   model.time_frequencies = 256  # sinusoids of a time's embedding
-  model.positions = "sincos"  # sincos | learned
+  model.positions = "sincos"  # sincos | learned (dit)
   model.dtype = "float32"  # of computation: float32 | bfloat16; parameters are always float32
   # auto: fused on TPUs and NVIDIA GPUs | plain: as XLA compiles it | pallas: fused, or an error
   # where it cannot run
@@ -72,20 +76,32 @@ def get_config() -> ConfigDict:
   unet.time_frequencies = 256  # sinusoids of a time's embedding
   unet.dropout = 0.2  # in training
 
-  config.method = method = ConfigDict()  # MeanFlow
+  model.in_context_dit = in_context = ConfigDict()
+  in_context.head_depth = 8  # of model.depth blocks, those of one head; the others are shared
+  in_context.class_tokens = 8  # that say the label
+  in_context.omega_tokens = 4  # the guidance scale
+  in_context.interval_tokens = 2  # each end of its interval
+  in_context.time_tokens = 4  # h = t - r
+
+  config.method = method = ConfigDict()
+  # meanflow | improved_meanflow: a file in meanflow_jax/methods
+  method.name = "meanflow"
   method.times = times = ConfigDict()
   times.distribution = "logit_normal"  # logit_normal | uniform
   times.mean, times.std = -0.4, 1.0  # of logit t (logit_normal)
   times.r_mean, times.r_std = -0.4, 1.0  # of logit r (logit_normal)
   times.pairing = "sorted"  # sorted: t = max, r = min | clipped: r = min(r, t)
   times.equal_fraction = 0.75  # of rows with r = t; 1 (and clipped): flow matching
-  method.guidance = guidance = ConfigDict()  # effective scale: omega / (1 - kappa)
+  # Fixed in training (not of improved_meanflow); effective scale: omega / (1 - kappa)
+  method.guidance = guidance = ConfigDict()
   guidance.omega, guidance.kappa = 1.0, 0.0
   guidance.t_start, guidance.t_end = 0.0, 1.0  # where in t guidance is on
   method.label_dropout = ConfigDict()
   method.label_dropout.rate = 0.1  # of all rows
   method.label_dropout.droppable = "equal"  # all rows, or only those with r = t ("equal")
   method.weight = ConfigDict({"p": 1.0, "c": 1e-2})  # w = 1 / (error + c)^p
+  # The keys of each method's own, in a section of its name: fields with defaults, in its file
+  method.update(registry.sections())
 
   config.optimizer = optimizer = ConfigDict()
   optimizer.learning_rate = 1e-4
@@ -148,8 +164,9 @@ def get_config() -> ConfigDict:
   sample.checkpoint = "newest"  # newest | best (by evaluate.best) | a step that was kept
   # From [-1, 1] to 8 bits: meanflow: floor(127.5 x + 128) | adm: floor(127.5 x + 127.5)
   sample.rounding = "meanflow"
-  # Classifier-free guidance when sampling, for models whose target has none (flow matching, say):
-  # 1 is off; otherwise each step evaluates the network twice where t_min <= t <= t_max
+  # Guidance when sampling, where t_min <= t <= t_max; 1 is off. An input of models of improved
+  # MeanFlow; classifier-free, at two evaluations in each step, of models whose target has none
+  # (flow matching, say). What method.guidance fixed in training cannot be changed
   sample.guidance = ConfigDict({"omega": 1.0, "t_min": 0.0, "t_max": 1.0})
 
   # --mode=evaluate, and figures during training; with the labels, seed, rounding, batch size and

@@ -9,7 +9,7 @@ Time runs from t = 0 (data) to t = 1 (noise): z_t = (1 - t) x + t e, with veloci
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
@@ -40,6 +40,36 @@ Label = Class | Told
 
 # The average velocity u(z, r, t, y) over [r, t], r <= t; u(z, t, t, y) is the velocity at t.
 VelocityFn = Callable[[Image, Time, Time, Label], Image]
+# A velocity function that takes more by name, where its network does: `guidance` (a GuidanceScale),
+# and `heads`, the names of several velocities, for a tuple of them.
+NetworkFn = Callable[..., Any]
+
+
+class GuidanceScale(NamedTuple):
+  """Classifier-free guidance as an input of a network, for each row.
+
+  Attributes:
+    omega: the scale; 1 is without guidance.
+    t_min, t_max: where in t it holds.
+  """
+
+  omega: Time
+  t_min: Time
+  t_max: Time
+
+  @classmethod
+  def everywhere(cls, omega: Time) -> "GuidanceScale":
+    """A scale that holds for all t."""
+    return cls(omega, jnp.zeros_like(omega), jnp.ones_like(omega))
+
+  @classmethod
+  def off(cls, like: Time) -> "GuidanceScale":
+    """No guidance, for as many rows as another array has."""
+    return cls.everywhere(jnp.ones_like(like))
+
+  def in_force(self, t: Time) -> Time:
+    """The scale at t: 1 outside its interval."""
+    return jnp.where((t >= self.t_min) & (t <= self.t_max), self.omega, 1)
 
 
 def per_row(values: Time | Mask) -> Array:

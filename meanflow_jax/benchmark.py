@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 
 from meanflow_jax import build, command_line
 from meanflow_jax.compiled import DoesNotFitError, compile_step, model_flops
+from meanflow_jax.methods.meanflow import MeanFlow
 from meanflow_jax.methods.plain_meanflow import PlainMeanFlow
 from meanflow_jax.runtime.mesh import make_mesh
 from meanflow_jax.runtime.reporting import table
@@ -41,8 +42,8 @@ STEPS = flags.DEFINE_integer("steps", 10, f"Steps in each of {ROUNDS} rounds.", 
 PLAIN = flags.DEFINE_bool(
   "plain",
   True,
-  "Also time the plain step: the JVP on all rows, guidance in passes of its own, plain attention, "
-  "float32.",
+  "Also time the plain step of MeanFlow: the JVP on all rows, guidance in passes of its own, plain "
+  "attention, float32.",
 )
 TOPOLOGY = flags.DEFINE_string("topology", None, "A TPU slice to compile for, as v5p:2x2x1.")
 
@@ -79,10 +80,9 @@ def main(_: list[str]) -> None:
       config, train_step, mesh = prepare()
       device = mesh.devices.flat[0].device_kind
       print(f"{config.train.batch_size} images a step on {mesh.size} x {device}")
-      print(
-        f"{model_flops(train_step) / 1e9:.2f} GFLOP/image, "
-        f"{train_step.method.forward_passes:g} forward passes"
-      )
+      flops = model_flops(train_step)
+      passes = flops / train_step.network.forward_flops(train_step.image_shape)
+      print(f"{flops / 1e9:.2f} GFLOP/image, {passes:.3g} forward passes")
       if TOPOLOGY.value:
         show_compiled(config, train_step, mesh)
       else:
@@ -124,7 +124,7 @@ def show_measured(config: ConfigDict, train_step: TrainStep, mesh: Mesh) -> None
   zeros = lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding)
   batch = jax.tree.map(zeros, build.abstract_batch(config, mesh))
   steps = {"ours": train_step}
-  if PLAIN.value:
+  if PLAIN.value and isinstance(train_step.method, MeanFlow):
     steps["plain"] = plain_step(config, train_step, mesh)
   executables = compile_all(steps, batch, mesh)
   seconds = time_in_turns(executables, train_step.new_state(mesh), batch)

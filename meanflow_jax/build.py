@@ -2,8 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
-import logging
 import pathlib
 from collections.abc import Iterator
 
@@ -14,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from meanflow_jax import features
+from meanflow_jax import features, networks
 from meanflow_jax.data import augment, sources
 from meanflow_jax.data.augment import Augmentation
 from meanflow_jax.data.latents import Latents
@@ -22,20 +20,17 @@ from meanflow_jax.data.sources import Source
 from meanflow_jax.features import Extractor
 from meanflow_jax.generate import Decoder, Generator, Labels
 from meanflow_jax.guard import Guard
-from meanflow_jax.kernels import attention, plain
-from meanflow_jax.methods.guidance import Guidance, LabelDropout, SamplingGuidance
-from meanflow_jax.methods.meanflow import AdaptiveWeight, MeanFlow
+from meanflow_jax.methods import registry
+from meanflow_jax.methods.guidance import Guidance, LabelDropout
+from meanflow_jax.methods.meanflow import AdaptiveWeight
+from meanflow_jax.methods.method import Method
 from meanflow_jax.methods.sampler import time_grid
 from meanflow_jax.methods.time_sampling import LogitNormal, TimePairs, Uniform
 from meanflow_jax.models import autoencoder
 from meanflow_jax.models.autoencoder import Autoencoder
-from meanflow_jax.models.dit import DiT, Mixer
-from meanflow_jax.models.unet import UNet
 from meanflow_jax.runtime import pretrained
 from meanflow_jax.runtime.checkpoints import CheckpointError
 from meanflow_jax.runtime.mesh import (
-  FSDP,
-  constrain_rows,
   make_mesh,
   replicate,
   rows_sharding,
@@ -50,8 +45,6 @@ from meanflow_jax.train_step import (
   make_optimizer,
   pixel_inputs,
 )
-
-_log = logging.getLogger(__name__)
 
 
 class UserError(Exception):
@@ -176,48 +169,7 @@ def network(config: ConfigDict, mesh: Mesh) -> nn.Module:
     ValueError: an unknown network; sizes that do not fit the image, each other or the mesh; an
       augmentation that it cannot be told of.
   """
-  make = {"dit": _dit, "unet": _unet}
-  if config.model.name not in make:
-    raise ValueError(f"model.name must be one of {sorted(make)}, got {config.model.name!r}")
-  told = augment.LABELS if augmentation(config) else 0
-  made = make[config.model.name](config, told, mesh)
-  if made.width % mesh.shape[FSDP]:
-    key = "model.unet.width" if config.model.name == "unet" else "model.width"
-    raise ValueError(
-      f"mesh.fsdp {mesh.shape[FSDP]} does not divide {key} {made.width}, so that the layers could "
-      "not be spread evenly: set it to a divisor"
-    )
-  return made
-
-
-def network_keys(config: ConfigDict) -> dict[str, object]:
-  """The keys of `config.model` that its network is made of."""
-  model = config.model
-  if model.name == "unet":
-    return model.unet.to_dict() | {"dtype": model.dtype, "remat": model.remat}
-  return {k: v for k, v in model.to_dict().items() if k != "name" and not isinstance(v, dict)}
-
-
-def _dit(config: ConfigDict, told: int, mesh: Mesh) -> DiT:
-  if told:
-    raise ValueError(
-      "a network must be told how images were augmented, and model.name 'dit' takes no such label, "
-      "but 'unet' does: otherwise set augmentation.probability to 0 and augmentation.flip to False"
-    )
-  if config.model.patch_size < 1 or config.data.image_size % config.model.patch_size:
-    raise ValueError(
-      f"data.image_size {config.data.image_size} is not divisible by model.patch_size "
-      f"{config.model.patch_size}"
-    )
-  keys = network_keys(config) | {"attention": _attention(config, mesh)}
-  return DiT(**keys, num_classes=config.data.num_classes, constrain=constrain_rows(mesh))
-
-
-def _unet(config: ConfigDict, told: int, mesh: Mesh) -> UNet:
-  keys, classes = network_keys(config), config.data.num_classes
-  made = UNet(**keys, num_classes=classes, augmentation=told, constrain=constrain_rows(mesh))
-  made.check_sides(image_shape(config))
-  return made
+  return networks.make(config, mesh, told=augment.LABELS if augmentation(config) else 0)
 
 
 def augmentation(config: ConfigDict) -> Augmentation | None:
@@ -246,55 +198,57 @@ def inputs(config: ConfigDict) -> Inputs:
   return latent_inputs if reads_moments(config) else pixel_inputs
 
 
-def _attention(config: ConfigDict, mesh: Mesh) -> Mixer:
-  """What `config.model.attention` is on the devices of a mesh; the log says why it is plain."""
-  model, platform = config.model, attention.platform_of(mesh.devices.flat[0])
-  chosen, reason = attention.choose(
-    model.attention,
-    platform,
-    tokens=(config.data.image_size // model.patch_size) ** 2,
-    heads=model.num_heads,
-    size=model.width // max(1, model.num_heads),
-    dtype=model.dtype,
-  )
-  if reason:
-    _say_once(reason)
-  if chosen == "plain":
-    return plain.packed
-  return attention.Fused(mesh, platform=platform).packed
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-  _log.warning(message)
-
-
-def method(config: ConfigDict) -> MeanFlow:
+def method(config: ConfigDict) -> Method:
   """The method of `config.method`.
 
   Raises:
-    ValueError: an impossible setting, or guidance for a model that has no classes, or never drops
-      its labels.
+    ValueError: an impossible setting, guidance for a model that has no classes, or never drops its
+      labels, or a network that does not fit.
   """
   settings = config.method
-  made = MeanFlow(
-    times=_times(**settings.times),
-    guidance=Guidance(**settings.guidance),
-    label_dropout=LabelDropout(**settings.label_dropout),
-    weight=AdaptiveWeight(**settings.weight),
-    null_label=config.data.num_classes,
-  )
-  if not config.data.num_classes and (made.guidance.is_on or made.label_dropout.rate):
+  kind = registry.find(settings.name)
+  sections = {
+    "times": lambda: _times(**settings.times),
+    "guidance": lambda: Guidance(**settings.guidance),
+    "label_dropout": lambda: LabelDropout(**settings.label_dropout),
+    "weight": lambda: AdaptiveWeight(**settings.weight),
+    "null_label": lambda: config.data.num_classes,
+  }
+  fields = registry.fields(kind)
+  own = settings.to_dict().get(settings.name, {})
+  made = kind(**{name: make() for name, make in sections.items() if name in fields}, **own)
+  _check_network(config, kind)
+  dropped = settings.label_dropout.rate if "label_dropout" in fields else 0
+  if not config.data.num_classes and (made.is_guided or dropped):
     raise ValueError(
       "an unconditional model (data.num_classes = 0) takes no guidance and drops no labels: set "
-      "method.guidance.omega to 1, method.guidance.kappa and method.label_dropout.rate to 0"
+      "method.label_dropout.rate to 0 and guidance off (method.guidance.omega 1 and kappa 0, or "
+      "method.improved_meanflow.omega_max 1)"
     )
-  if made.guidance.needs_unconditional and not made.label_dropout.rate:
+  if made.needs_unconditional and not dropped:
     raise ValueError(
       "guidance takes the velocity without a class, which only rows with a dropped label teach: "
       "set method.label_dropout.rate above 0 (0.1 is usual)"
     )
   return made
+
+
+def _check_network(config: ConfigDict, kind: type[Method]) -> None:
+  heads = networks.heads(networks.kind(config))
+  if heads == kind.HEADS:
+    return
+  pairs = [
+    f"{method} with {' or '.join(fitting)}"
+    for method, made in registry.known().items()
+    if (
+      fitting := [name for name, net in networks.KINDS.items() if networks.heads(net) == made.HEADS]
+    )
+  ]
+  raise ValueError(
+    f"method.name {config.method.name!r} does not fit model.name {config.model.name!r}: the first "
+    f"trains the heads {kind.HEADS}, the second has {heads}. What fits: "
+    f"{'; '.join(pairs)}"
+  )
 
 
 def _times(
@@ -319,7 +273,7 @@ def _times(
   return TimePairs(t=t, r=r, pairing=pairing, equal_fraction=equal_fraction)
 
 
-def train_step(config: ConfigDict, network: nn.Module, method: MeanFlow, mesh: Mesh) -> TrainStep:
+def train_step(config: ConfigDict, network: nn.Module, method: Method, mesh: Mesh) -> TrainStep:
   """The step of `config.train`, `optimizer` and `ema`.
 
   Raises:
@@ -371,22 +325,23 @@ def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeSt
   return {k: jax.ShapeDtypeStruct(*v, sharding=rows_sharding(mesh)) for k, v in shapes.items()}
 
 
-def batch_unit(accumulate: int, devices: int, method: MeanFlow) -> int:
+def batch_unit(accumulate: int, devices: int, method: Method) -> int:
   """What `train.batch_size` must be a multiple of."""
-  return devices * accumulate * method.times.rows.size
+  return devices * accumulate * method.rows.size
 
 
-def _check_batch(batch_size: int, accumulate: int, devices: int, method: MeanFlow) -> None:
+def _check_batch(batch_size: int, accumulate: int, devices: int, method: Method) -> None:
   if batch_size < 1 or accumulate < 1:
     raise ValueError(
       f"train.batch_size {batch_size} and train.accumulate {accumulate} must be at least 1"
     )
   unit = batch_unit(accumulate, devices, method)
+  share = method.rows.first / method.rows.size
   if batch_size % unit:
     raise ValueError(
       f"train.batch_size {batch_size} is not divisible by {unit}: {devices} devices x "
-      f"train.accumulate {accumulate} x groups of {method.times.rows.size} rows "
-      f"(method.times.equal_fraction {method.times.equal_fraction}); the nearest that are: "
+      f"train.accumulate {accumulate} x groups of {method.rows.size} rows "
+      f"(method.times.equal_fraction {share:g}); the nearest that are: "
       f"{max(1, batch_size // unit) * unit}, {(max(1, batch_size // unit) + 1) * unit}"
     )
 
@@ -460,7 +415,7 @@ def extractors(config: ConfigDict, mesh: Mesh) -> tuple[Extractor, ...]:
 def generator(
   config: ConfigDict,
   network: nn.Module,
-  method: MeanFlow,
+  method: Method,
   mesh: Mesh,
   decoder: Decoder | None,
   *,
@@ -489,7 +444,7 @@ def generator(
   return Generator(
     network=network,
     step=method.step,
-    guidance=SamplingGuidance(omega, *interval, null_label=config.data.num_classes),
+    guidance=method.sampling_guidance(omega, *interval),
     grid=grid,
     image_shape=image_shape(config),
     labels=Labels(settings.labels, settings.label, config.data.num_classes),
@@ -502,7 +457,7 @@ def generator(
 
 
 def sample_generator(
-  config: ConfigDict, network: nn.Module, method: MeanFlow, mesh: Mesh
+  config: ConfigDict, network: nn.Module, method: Method, mesh: Mesh
 ) -> Generator:
   """The generator of `config.sample`.
 

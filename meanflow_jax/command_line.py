@@ -9,6 +9,8 @@ from collections.abc import Callable
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
+from meanflow_jax.methods import registry
+
 # Keys that are read only where another key has a certain value (or one of several), or names it
 # among others.
 _READ_WHERE = {
@@ -23,14 +25,15 @@ _READ_WHERE = {
       "model.depth",
       "model.width",
       "model.num_heads",
-      "model.conditioning",
       "model.time_frequencies",
-      "model.positions",
       "model.attention",
       "model.scan",
     ),
-    ("model.name", "dit"),
+    ("model.name", ("dit", "in_context_dit")),
   ),
+  "model.conditioning": ("model.name", "dit"),
+  "model.positions": ("model.name", "dit"),
+  "model.in_context_dit.": ("model.name", "in_context_dit"),
   "model.unet.": ("model.name", "unet"),
   "augmentation.": ("model.name", "unet"),
   "method.times.mean": ("method.times.distribution", "logit_normal"),
@@ -98,10 +101,19 @@ def unread(config: ConfigDict, given: list[str]) -> list[str]:
   return [
     f"--config.{key} is read only where {switch} is {_either(value)}, not {found!r}"
     for key in given
-    for prefix, (switch, value) in _READ_WHERE.items()
+    for prefix, (switch, value) in (_READ_WHERE | _read_by_methods()).items()
     if (key == prefix or (prefix.endswith(".") and key.startswith(prefix)))
     and not {*_values(value)} & {*_values(found := _value(config, switch))}
   ]
+
+
+def _read_by_methods() -> dict[str, tuple[str, str | tuple[str, ...]]]:
+  """The same of the sections of `method`, from the fields of the methods."""
+  readers = {name: ("method.name", name) for name in registry.known()}
+  for section in ("times", "guidance", "label_dropout", "weight"):
+    names = [name for name, made in registry.known().items() if section in registry.fields(made)]
+    readers[section] = "method.name", tuple(names)
+  return {f"method.{section}.": reader for section, reader in readers.items()}
 
 
 def _either(value: str | tuple[str, ...]) -> str:

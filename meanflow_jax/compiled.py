@@ -1,6 +1,7 @@
 """What a compiler says of a training step, before it has run."""
 
 import dataclasses
+import functools
 import math
 import re
 import time
@@ -105,8 +106,8 @@ def compile_step(
 
 def model_flops(train_step: TrainStep) -> float:
   """Floating-point operations per image that the mathematics of a step asks for."""
-  passes = train_step.method.forward_passes
-  return passes * train_step.network.forward_flops(train_step.image_shape)
+  forward = functools.partial(train_step.network.forward_flops, train_step.image_shape)
+  return train_step.method.flops(forward)
 
 
 def device_bytes(arrays: PyTree) -> int:

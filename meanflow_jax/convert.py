@@ -4,6 +4,7 @@
 mode of main.py starts; the config must describe the file's network. The layouts:
 
   meanflow     a checkpoint folder of MeanFlow's reference in JAX: params, ema_params, step
+  imeanflow    the same of improved MeanFlow's reference
   sit          the PyTorch state dict of a SiT with two time embedders, as .safetensors, .pt or
                .pth: flat, or below the keys `model` and `ema`, or below --key=NAME
   unet         the PyTorch state dict of the published U-Net of CIFAR-10, in the same forms
@@ -40,7 +41,7 @@ from ml_collections import ConfigDict
 
 from meanflow_jax import build, command_line, storage
 from meanflow_jax.export import PLATFORMS, export_generator
-from meanflow_jax.models import dit_layouts, unet
+from meanflow_jax.models import dit_layouts, in_context_layouts, unet
 from meanflow_jax.models.torch_layout import Params, Tensors
 from meanflow_jax.runtime import pretrained, weights
 from meanflow_jax.runtime.checkpoints import known_keys
@@ -49,8 +50,14 @@ from meanflow_jax.runtime.mesh import shardings_of
 from meanflow_jax.runtime.weights import Weights
 from meanflow_jax.train_step import TrainStep, init_params, item_name
 
-LAYOUTS = ("meanflow", "sit", "unet", "safetensors")
-NETWORKS = {"meanflow": "dit", "sit": "dit", "unet": "unet"}  # model.name of a layout
+LAYOUTS = ("meanflow", "imeanflow", "sit", "unet", "safetensors")
+# The networks whose parameters the layouts of others hold.
+NETWORKS = {
+  "meanflow": "dit",
+  "imeanflow": "in_context_dit",
+  "sit": "dit",
+  "unet": "unet",
+}
 ACTIONS = ("read", "write", "download", "inception")
 
 
@@ -157,7 +164,7 @@ def assign(sets: Collection[str], items: Collection[str]) -> dict[str, str]:
 
 
 def _load(config: ConfigDict, path: pathlib.Path, layout: str, key: str | None) -> Weights:
-  if layout == "meanflow":
+  if layout in ("meanflow", "imeanflow"):
     return weights.read_meanflow(path)
   if layout in ("sit", "unet"):
     return weights.read_state_dict(path, key)
@@ -192,6 +199,7 @@ def _converter(
     )
   convert = {
     "meanflow": dit_layouts.from_meanflow,
+    "imeanflow": in_context_layouts.from_imeanflow,
     "sit": dit_layouts.from_sit,
     "unet": unet.params_from_torch,
     "safetensors": dit_layouts.from_paths,

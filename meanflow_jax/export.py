@@ -20,7 +20,7 @@ from meanflow_jax.generate import ROUNDING, Generator
 from meanflow_jax.methods.sampler import sample
 from meanflow_jax.models.autoencoder import DECODING
 from meanflow_jax.runtime.downloads import sha256
-from meanflow_jax.train_step import velocity_fn
+from meanflow_jax.train_step import sampling_params, velocity_fn
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 PROGRAM, WEIGHTS = "generator.stablehlo", "weights.npz"
@@ -112,7 +112,7 @@ def _check(folder: pathlib.Path, platforms: Sequence[str]) -> None:
 
 
 def _weights(generator: Generator, params: PyTree) -> Weights:
-  tree = {"network": params}
+  tree = {"network": sampling_params(generator.network, params)}
   if generator.decoder:
     tree["autoencoder"] = {name: generator.decoder.params[name] for name in DECODING}
   return traverse_util.flatten_dict(tree, sep="/")
@@ -166,7 +166,7 @@ def _facts(
     "noise": list(generator.image_shape),
     "images": list(exported.out_avals[0].shape[1:]),
     "num_classes": generator.labels.num_classes,
-    "null_label": guidance.null_label if generator.labels.num_classes else None,
+    "null_label": generator.labels.num_classes or None,
     "grid": list(generator.grid),
     "guidance": {"omega": guidance.omega, "t_min": guidance.t_min, "t_max": guidance.t_max},
     "rounding": generator.rounding,

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Num, PyTree, UInt8
 
 from meanflow_jax.arrays import Image, Label, Mask, PRNGKey
-from meanflow_jax.methods.guidance import SamplingGuidance
+from meanflow_jax.methods.guidance import GuidanceInput, SamplingGuidance
 from meanflow_jax.methods.sampler import StepFn, sample
 from meanflow_jax.models.autoencoder import Autoencoder, unscale_latents
 from meanflow_jax.runtime.mesh import replicate, rows_sharding
@@ -126,7 +126,7 @@ class Generator:
   Attributes:
     network: the Flax module of the average velocity.
     step: the method's sampling step.
-    guidance: classifier-free guidance of the network's velocity.
+    guidance: classifier-free guidance of the network's velocity, or an input of the network.
     grid: times 1 = t_0 > ... > t_n = 0, one function evaluation for each interval.
     image_shape: [H, W, C] of what the network sees.
     labels: the class of each image.
@@ -139,7 +139,7 @@ class Generator:
 
   network: nn.Module
   step: StepFn
-  guidance: SamplingGuidance
+  guidance: SamplingGuidance | GuidanceInput
   grid: tuple[float, ...]
   image_shape: tuple[int, ...]
   labels: Labels
@@ -159,7 +159,7 @@ class Generator:
 
   @property
   def nfe(self) -> int:
-    """Steps of the time grid; guidance evaluates the network twice in each."""
+    """Steps of the time grid; classifier-free guidance evaluates the network twice in each."""
     return len(self.grid) - 1
 
   @property

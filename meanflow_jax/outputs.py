@@ -65,8 +65,8 @@ class Outputs:
       with build.explaining_mistakes():
         found = self.evaluator(items, check=stop.check)
       figures = self.evaluator.tagged(found)
-      guidance = self.config.method.guidance
-      rows = evaluate.rows_of(self.config, step, self.evaluator, found, guidance.to_dict())
+      guidance = evaluate.trained_guidance(self.config.method.to_dict())
+      rows = evaluate.rows_of(self.config, step, self.evaluator, found, guidance)
       if jax.process_index() == 0:
         evaluate.write_rows(evaluate.figures_path(self.workdir, step), rows)
         evaluate.plot_history(self.workdir, rows)

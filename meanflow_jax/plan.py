@@ -27,7 +27,7 @@ from meanflow_jax.compiled import (
   model_flops,
   scheduled_seconds,
 )
-from meanflow_jax.models.dit import REMAT
+from meanflow_jax.models.rematerialisation import REMAT
 from meanflow_jax.runtime import topology
 from meanflow_jax.runtime.hlo import Traffic
 from meanflow_jax.runtime.mesh import DATA, FSDP, make_mesh

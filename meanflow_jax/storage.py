@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from meanflow_jax import build
+from meanflow_jax import build, networks
 from meanflow_jax.runtime.checkpoints import Checkpoints
 from meanflow_jax.runtime.mesh import abstract, parameter_shardings
 from meanflow_jax.train_step import init_params, item_name
@@ -33,9 +33,12 @@ def ema_item(config: ConfigDict, ema: float) -> str:
 
 def identity(config: ConfigDict) -> dict[str, dict[str, object]]:
   """The keys that shape the parameters: a checkpoint must agree with them."""
-  name, free = config.model.name, ("dtype", "scan", "remat", "attention", "dropout")
-  keys = {key: value for key, value in build.network_keys(config).items() if key not in free}
-  model = {"name": name, **(keys if name == "dit" else {name: keys})}
+  name, free = config.model.name, ("dtype", "scan", "remat", "dropout")
+  keys = {key: x for key, x in networks.keys(config).items() if key not in free}
+  own = config.model.to_dict().get(name, {}).keys() & keys.keys()
+  model = {key: x for key, x in keys.items() if key not in own} | {"name": name}
+  if own:
+    model[name] = {key: keys[key] for key in own}
   data = {key: config.data[key] for key in ("image_size", "channels", "num_classes")}
   return {"model": model, "data": data}
 

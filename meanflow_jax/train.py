@@ -6,6 +6,7 @@ import json
 import pathlib
 from collections.abc import Callable, Iterator
 
+import flax.linen as nn
 import jax
 import numpy as np
 from clu import parameter_overview
@@ -28,6 +29,7 @@ from meanflow_jax.train_step import (
   TrainState,
   TrainStep,
   from_items,
+  sampling_params,
   to_items,
 )
 
@@ -64,7 +66,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         first, position = int(state.step), int(state.position)
         scene = Scene(config, workdir, mesh, train_step, read, offset=position - first)
         watch = Spikes(scene, checkpoints) if train_step.guard else unwatched
-        announce(config, state, mesh, len(source))
+        announce(config, network, state, mesh, len(source))
         report = make_report(config, workdir, first, watch)
         outputs = Outputs(config, workdir, checkpoints, report, generator, evaluator, shown)
         feed = device_batches(config, source, mesh, position)
@@ -227,15 +229,19 @@ def device_batches(
       yield global_batch(mesh, batch)
 
 
-def announce(config: ConfigDict, state: TrainState, mesh: Mesh, examples: int) -> None:
+def announce(
+  config: ConfigDict, network: nn.Module, state: TrainState, mesh: Mesh, examples: int
+) -> None:
   """Says what is going to run."""
   epochs = config.train.steps * config.train.batch_size / examples
-  size = parameter_overview.count_parameters(state.params)
+  used = sampling_params(network, state.params)
+  size, more = (parameter_overview.count_parameters(x) for x in (used, state.params))
+  heads = f" (in training {more / 1e6:.2f}M)" if more > size else ""
   hosts = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
   if jax.process_index() == 0:
     print(
-      f"{size / 1e6:.2f}M parameters on {mesh.size} {jax.default_backend()} device(s){hosts}, "
-      f"batch {config.train.batch_size}, steps {int(state.step)} to {config.train.steps} "
+      f"{size / 1e6:.2f}M parameters{heads} on {mesh.size} {jax.default_backend()} device(s)"
+      f"{hosts}, batch {config.train.batch_size}, steps {int(state.step)} to {config.train.steps} "
       f"({epochs:.3g} epochs of {examples} images)",
       flush=True,
     )

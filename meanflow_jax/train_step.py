@@ -4,7 +4,7 @@ import dataclasses
 import enum
 import functools
 from collections.abc import Callable
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import flax.linen as nn
 import flax.struct
@@ -17,16 +17,16 @@ from jaxtyping import Array, Float, Int, PyTree
 from meanflow_jax.arrays import (
   Image,
   Label,
+  NetworkFn,
   PRNGKey,
   Scalar,
   Time,
   Told,
-  VelocityFn,
   with_dropout,
 )
 from meanflow_jax.data.augment import Augmentation
 from meanflow_jax.guard import Guard, GuardState, part_norms
-from meanflow_jax.methods.meanflow import Draws, MeanFlow
+from meanflow_jax.methods.method import Method
 from meanflow_jax.methods.row_groups import RowGroups
 from meanflow_jax.models.autoencoder import sample_latent, scale_latents
 from meanflow_jax.runtime.mesh import FSDP, abstract, parameter_shardings, replicated, shardings_of
@@ -137,14 +137,20 @@ def stream(seed: int, purpose: Purpose, step: Int[Array, ""] | int = 0) -> PRNGK
   return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), purpose), step)
 
 
-def velocity_fn(network: nn.Module, params: PyTree) -> VelocityFn:
+def velocity_fn(network: nn.Module, params: PyTree) -> NetworkFn:
   """The network as an average velocity: (r, t) becomes (t, h = t - r) here and nowhere else."""
 
   @jax.named_scope("network")
-  def velocity(z: Image, r: Time, t: Time, y: Label) -> Image:
-    return network.apply({"params": params}, z, t, t - r, y)
+  def velocity(z: Image, r: Time, t: Time, y: Label, **more: Any) -> Any:
+    return network.apply({"params": params}, z, t, t - r, y, **more)
 
   return velocity
+
+
+def sampling_params(network: nn.Module, params: PyTree) -> PyTree:
+  """The parameters without those of heads that only training asks for."""
+  left_out = getattr(network, "TRAINING_ONLY", ())
+  return {name: tree for name, tree in params.items() if name not in left_out}
 
 
 def init_params(network: nn.Module, seed: int, image_shape: tuple[int, ...]) -> PyTree:
@@ -204,7 +210,7 @@ class TrainStep:
   network: nn.Module
   image_shape: tuple[int, ...]
   inputs: Inputs
-  method: MeanFlow
+  method: Method
   optimizer: optax.GradientTransformation
   learning_rate: optax.Schedule
   averages: Averages
@@ -244,7 +250,7 @@ class TrainStep:
       x, y = self.inputs(key(Purpose.INPUTS), batch)
       if self.dropout:
         y = with_dropout(y, jax.random.split(key(Purpose.DROPOUT), x.shape[0]))
-      draws = self.method.draw(key(Purpose.DRAW), x, y)
+      draws = self.method.draw(key(Purpose.DRAW), x, y, state.step)
     gradient = functools.partial(self._gradient, constrain)
     if mesh is not None:
       gradient = mean_over_devices(gradient, mesh)
@@ -321,11 +327,11 @@ class TrainStep:
     params: PyTree,
     x: Image,
     y: Label,
-    draws: Draws,
+    draws: PyTree,
   ) -> tuple[tuple[Scalar, Metrics], PyTree]:
     """Loss, metrics and gradient, averaged over the microbatches."""
 
-    def loss(params: PyTree, x: Image, y: Label, draws: Draws) -> tuple[Scalar, Metrics]:
+    def loss(params: PyTree, x: Image, y: Label, draws: PyTree) -> tuple[Scalar, Metrics]:
       return self.method.objective(velocity_fn(self.network, params), x, y, draws)
 
     def gradient(*args: PyTree) -> tuple[tuple[Scalar, Metrics], PyTree]:
@@ -335,7 +341,7 @@ class TrainStep:
     if self.accumulate == 1:
       return gradient(params, x, y, draws)
 
-    parts = microbatches((x, y, draws), self.accumulate, self.method.times.rows)
+    parts = microbatches((x, y, draws), self.accumulate, self.method.rows)
     add = lambda total, part: jax.tree.map(lambda a, b: a + b / self.accumulate, total, part)
     zeros = jax.tree.map(
       lambda s: jnp.zeros(s.shape, s.dtype),

@@ -23,6 +23,7 @@ from tests import (
   golden_autoencoder,
   golden_checkpoint,
   golden_dinov2,
+  golden_imeanflow,
   golden_inception,
   golden_meanflow,
   golden_sit,
@@ -31,6 +32,7 @@ from tests import (
 
 KINDS = (
   golden_meanflow,
+  golden_imeanflow,
   golden_autoencoder,
   golden_dinov2,
   golden_inception,

@@ -1,20 +1,19 @@
-"""Checkpoint folders of MeanFlow's reference, with a golden file that has their parameters."""
+"""Checkpoint folders of the references, with a golden file that has their parameters."""
 
 import pathlib
 from collections.abc import Iterable, Iterator
+from types import ModuleType
 from typing import Any
 
 import jax
 import numpy as np
 
-from meanflow_jax.models import dit_layouts
 from meanflow_jax.runtime.weights import Weights, read_meanflow
-from tests import golden_meanflow
+from tests import golden_imeanflow, golden_meanflow
+from tests.golden_meanflow import Comparison, Golden
 
-Golden = dict[str, np.ndarray]
-Comparison = tuple[str, np.ndarray, np.ndarray]
-
-TOLERANCE = golden_meanflow.TOLERANCE
+KINDS = (golden_meanflow, golden_imeanflow)
+TOLERANCE = 2e-5
 
 
 class UnknownKindError(Exception):
@@ -34,32 +33,32 @@ def check(
   except (ValueError, OSError) as error:
     raise UnknownKindError(error) from error
   fitting = {
-    distance(weights, golden): (name, golden, meta)
+    distance(weights, golden): (name, kind, golden, meta)
     for name, golden, meta in goldens
-    if golden_meanflow.recognises(golden, meta) and same_shapes(weights, golden)
+    for kind in KINDS
+    if kind.recognises(golden, meta) and same_shapes(weights, golden)
   }
   if not fitting or weights.sets.keys() != {"params", "ema_params"}:
     parts = sorted({path.split("/")[1] for path in weights.sets["params"]})
     raise UnknownKindError(f"no golden file fits {sorted(weights.sets)} made of {parts}")
-  name, golden, meta = fitting[min(fitting)]
-  return name, comparisons(weights, golden, meta)
+  name, *found = fitting[min(fitting)]
+  return name, comparisons(weights, *found)
 
 
-def comparisons(weights: Weights, golden: Golden, meta: dict[str, Any]) -> Iterator[Comparison]:
-  network, shape = golden_meanflow.dit(meta), golden_meanflow.image_shape(meta)
-  reference = golden_meanflow.dit_params(golden, meta, "params")
+def comparisons(
+  weights: Weights, kind: ModuleType, golden: Golden, meta: dict[str, Any]
+) -> Iterator[Comparison]:
+  network, shape = kind.network(meta), golden_meanflow.image_shape(meta)
+  reference = kind.params_of(golden, meta, "params")
   half = jax.tree.map(lambda x: x / 2, reference)
   params, ema = (
-    dit_layouts.from_meanflow(network, shape, weights.sets[name])
-    for name in ("params", "ema_params")
+    kind.from_theirs(network, shape, weights.sets[name]) for name in ("params", "ema_params")
   )
   yield from golden_meanflow.compare_trees("params", params, reference)
   yield from golden_meanflow.compare_trees("ema_params", ema, half)
-  dropped = np.arange(meta["batch"]) < meta["n_drop"]
-  y = np.where(dropped, meta["data"]["num_classes"], golden["y"])
-  h = golden["t"] - golden["r"]
-  u = jax.jit(network.apply)({"params": params}, golden["z"], golden["t"], h, y.astype(np.int32))
-  yield "u", u, golden["u"]
+  y = golden_meanflow.y_after_drop(golden, meta)
+  for name, ours in jax.jit(lambda p: kind.velocities(network, p, golden, y))(params).items():
+    yield name, ours, golden[name]
 
 
 def parameters(golden: Golden) -> dict[str, np.ndarray]:

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from meanflow_jax.arrays import VelocityFn
 from meanflow_jax.methods.guidance import Guidance, LabelDropout
 from meanflow_jax.methods.meanflow import AdaptiveWeight, Draws, MeanFlow, velocity_and_derivative
 from meanflow_jax.methods.row_groups import RowGroups
@@ -15,11 +14,13 @@ from meanflow_jax.methods.sampler import sample
 from meanflow_jax.methods.time_sampling import TimePairs, Uniform
 from meanflow_jax.models import dit_layouts
 from meanflow_jax.models.dit import DiT
+from meanflow_jax.train_step import velocity_fn
 
 Golden = dict[str, np.ndarray]
 Comparison = tuple[str, np.ndarray, np.ndarray]
 
 TOLERANCE = 2e-5
+from_theirs = dit_layouts.from_meanflow
 
 
 def recognises(golden: Golden, meta: dict[str, Any]) -> bool:
@@ -27,10 +28,10 @@ def recognises(golden: Golden, meta: dict[str, Any]) -> bool:
   return {"x", "e", "v_g", "u", "du_dt", "loss"} <= golden.keys() and "omega" not in golden
 
 
-def dit_params(golden: Golden, meta: dict[str, Any], root: str) -> dict[str, Any]:
+def params_of(golden: Golden, meta: dict[str, Any], root: str) -> dict[str, Any]:
   """The reference's tree under `root` ("params", "grads") in our names and layout."""
   leaves = {k.removeprefix(f"{root}/"): v for k, v in golden.items() if k.startswith(f"{root}/")}
-  return dit_layouts.from_meanflow(dit(meta), image_shape(meta), leaves)
+  return from_theirs(network(meta), image_shape(meta), leaves)
 
 
 def image_shape(meta: dict[str, Any]) -> tuple[int, int, int]:
@@ -38,7 +39,7 @@ def image_shape(meta: dict[str, Any]) -> tuple[int, int, int]:
   return data["size"], data["size"], data["channels"]
 
 
-def dit(meta: dict[str, Any]) -> DiT:
+def network(meta: dict[str, Any]) -> DiT:
   net = meta["net"]
   return DiT(
     patch_size=net["patch_size"],
@@ -71,11 +72,22 @@ def meanflow(meta: dict[str, Any]) -> MeanFlow:
   )
 
 
+def velocities(network: DiT, params: Any, golden: Golden, y: Any) -> dict[str, Any]:
+  """What the network says of a golden file's points, in its order of rows."""
+  z, r, t, y = (jnp.asarray(x) for x in (golden["z"], golden["r"], golden["t"], y))
+  return {"u": velocity_fn(network, params)(z, r, t, y)}
+
+
+def y_after_drop(golden: Golden, meta: dict[str, Any]) -> np.ndarray:
+  dropped = np.arange(meta["batch"]) < meta["n_drop"]
+  return np.where(dropped, meta["data"]["num_classes"], golden["y"]).astype(np.int32)
+
+
 def check(golden: Golden, meta: dict[str, Any]) -> Iterator[Comparison]:
   """The rows with r = t are the first of the reference's batch, and of our groups."""
-  network, method = dit(meta), meanflow(meta)
-  params = dit_params(golden, meta, "params")
-  reference_grads = dit_params(golden, meta, "grads")
+  net, method = network(meta), meanflow(meta)
+  params = params_of(golden, meta, "params")
+  reference_grads = params_of(golden, meta, "grads")
   rows = RowGroups.from_fraction(meta["n_fm"] / meta["batch"])
   regroup = lambda a: rows.merge(a[: meta["n_fm"]], a[meta["n_fm"] :])
   ungroup = lambda a: jnp.concatenate(rows.split(a))
@@ -83,12 +95,9 @@ def check(golden: Golden, meta: dict[str, Any]) -> Iterator[Comparison]:
   dropped = regroup(jnp.arange(meta["batch"]) < meta["n_drop"])
   draws = Draws(noise=e, r=r, t=t, dropped=dropped, rows=rows)
 
-  def velocity_fn(params: dict[str, Any]) -> VelocityFn:
-    return lambda z, r, t, y: network.apply({"params": params}, z, t, t - r, y)
-
   @jax.jit
   def ours(params: dict[str, Any]) -> dict[str, Any]:
-    velocity = velocity_fn(params)
+    velocity = velocity_fn(net, params)
     z = x + (e - x) * t[:, None, None, None]
     u_equal = rows.split(velocity(z, t, t, y))[0]
     v_g = method.guided_velocity(velocity, z, e - x, y, draws, u_equal)
@@ -102,7 +111,7 @@ def check(golden: Golden, meta: dict[str, Any]) -> Iterator[Comparison]:
 
   for name, rows_of_ours in ours(params).items():
     yield name, ungroup(rows_of_ours), golden[name]
-  loss_fn = lambda params: method.objective(velocity_fn(params), x, y, draws)[0]
+  loss_fn = lambda params: method.objective(velocity_fn(net, params), x, y, draws)[0]
   loss, grads = jax.jit(jax.value_and_grad(loss_fn))(params)
   yield "loss", loss, golden["loss"]
   yield from compare_trees("grad", grads, reference_grads)

@@ -14,7 +14,17 @@ import scipy.stats
 from ml_collections import ConfigDict
 
 from configs import base, cifar10, cifar10_paper
-from meanflow_jax import build, command_line, convert, evaluate, plan, sample, storage, train
+from meanflow_jax import (
+  build,
+  command_line,
+  convert,
+  evaluate,
+  networks,
+  plan,
+  sample,
+  storage,
+  train,
+)
 from meanflow_jax.build import UserError
 from meanflow_jax.compiled import model_flops
 from meanflow_jax.models.unet import params_from_torch
@@ -329,7 +339,7 @@ def test_keys_of_the_other_network_are_refused():
   for key in ("model.unet.width", "augmentation.flip"):
     assert command_line.unread(dit, [key])
     assert not command_line.unread(unet, [key])
-  for key in build.network_keys(dit):
+  for key in networks.keys(dit):
     shared = key in ("dtype", "remat")
     assert not command_line.unread(dit, [f"model.{key}"])
     assert bool(command_line.unread(unet, [f"model.{key}"])) != shared, key

@@ -13,8 +13,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import base
-from meanflow_jax import build, command_line, storage
+from meanflow_jax import build, command_line, networks, storage
 from meanflow_jax.evaluate import make_evaluator
+from meanflow_jax.methods import registry
 from tests.runs import mesh_of
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -65,6 +66,30 @@ RECIPE = {
   "data.flip": False,
 }
 
+# arXiv 2512.02012: depth, width, heads; guidance when sampling in one step.
+IMPROVED = {
+  "imagenet_imf_b2": ((12, 768, 12), 8.0, 0.4, 0.65),
+  "imagenet_imf_m2": ((24, 768, 12), 10.5, 0.4, 0.6),
+  "imagenet_imf_l2": ((32, 1024, 16), 10.5, 0.4, 0.6),
+  "imagenet_imf_xl2": ((48, 1024, 16), 8.0, 0.42, 0.62),
+}
+# What differs from the above.
+IMPROVED_RECIPE = {
+  "train.batch_size": 1024,
+  "method.name": "improved_meanflow",
+  "method.times.equal_fraction": 0.5,
+  "method.improved_meanflow.omega_max": 8.0,
+  "method.improved_meanflow.omega_exponent": 1.0,
+  "method.improved_meanflow.interval_split": 0.5,
+  "model.name": "in_context_dit",
+  "model.patch_size": 2,
+  "model.in_context_dit.head_depth": 8,
+  "model.in_context_dit.class_tokens": 8,
+  "model.in_context_dit.omega_tokens": 4,
+  "model.in_context_dit.interval_tokens": 2,
+  "model.in_context_dit.time_tokens": 4,
+}
+
 
 def load(preset: str) -> ConfigDict:
   return importlib.import_module(f"configs.{preset}").get_config()
@@ -109,8 +134,9 @@ def test_a_preset_changes_values_and_adds_no_keys(preset):
   assert load(preset).is_locked
 
 
-def test_every_run_of_the_paper_is_a_preset():
-  assert {name for name in PRESETS if name.startswith("imagenet_")} == PUBLISHED.keys()
+def test_every_run_of_the_papers_is_a_preset():
+  runs = PUBLISHED.keys() | IMPROVED.keys() | {"imagenet_imf"}  # what the last ones share
+  assert {name for name in PRESETS if name.startswith("imagenet_")} == runs
 
 
 @pytest.mark.parametrize("preset", PUBLISHED)
@@ -134,6 +160,21 @@ def test_a_published_recipe_is_that_of_the_paper(preset):
   assert config.train.steps * config.train.batch_size / 1_281_167 == pytest.approx(epochs, abs=1e-3)
   found = flat(config)
   assert {key: found[key] for key in RECIPE} == RECIPE
+
+
+@pytest.mark.parametrize("preset", IMPROVED)
+def test_a_published_recipe_of_improved_meanflow_is_that_of_the_paper(preset):
+  sizes, omega, *interval = IMPROVED[preset]
+  found = flat(load(preset))
+  assert tuple(found[f"model.{key}"] for key in ("depth", "width", "num_heads")) == sizes
+  guidance = [found[f"sample.guidance.{key}"] for key in ("omega", "t_min", "t_max")]
+  assert guidance == [omega, *interval]
+  epochs = lambda key: found[key] * 1024 / 1_281_167
+  assert epochs("train.steps") == pytest.approx(640, abs=1e-3)
+  assert epochs("optimizer.warmup_steps") == pytest.approx(10, abs=1e-3)
+  recipe = RECIPE | IMPROVED_RECIPE
+  del recipe["optimizer.warmup_steps"], recipe["model.conditioning"], recipe["model.positions"]
+  assert {key: found[key] for key in recipe} == recipe
 
 
 # Keys: how the code reads them, from its source.
@@ -206,11 +247,20 @@ def test_every_key_is_read():
     reads.visit(ast.parse(path.read_text()))
     read |= reads.keys
     splatted |= reads.splatted
-  assert splatted >= {"model", "mesh", "method.times", "optimizer"}  # else this test is blind
+  assert splatted >= {"mesh", "method.times", "optimizer"}  # else this test is blind
+  schema = base.get_config()
+  chosen = {"model": networks.KINDS, "method": registry.known()}
+  # Of what is chosen by name, the fields are read, from the keys of the section and its own.
+  for section, kinds in chosen.items():
+    for name, kind in kinds.items():
+      fields = kind.__dataclass_fields__.keys()
+      own = flat(schema[section].get(name, ConfigDict())).keys()
+      assert own <= fields, f"{section}.{name}"
+      read |= {f"{section}.{name}.{key}" for key in own} | {f"{section}.{key}" for key in fields}
   dead = {
     key
-    for key in flat(base.get_config())
-    if key not in read and key.rpartition(".")[0] not in splatted
+    for key in flat(schema)
+    if key not in read and key.rpartition(".")[0] not in splatted - chosen.keys()
   }
   assert not dead
 
@@ -255,6 +305,8 @@ def parse(*flags: str) -> subprocess.CompletedProcess[str]:
     ("optimiser.b1=0.9", 'Did you mean "optimizer"'),
     ("train.steps=many", "--config.train.steps=many"),
     ("data.folder.path=x", "is read only where data.source is 'folder', not 'digits'"),
+    ("model.in_context_dit.head_depth=1", "only where model.name is 'in_context_dit', not 'dit'"),
+    ("method.improved_meanflow.omega_max=2", "only where method.name is 'improved_meanflow'"),
     ("sample.label=3", "is read only where sample.labels is 'one', not 'balanced'"),
   ],
 )
@@ -275,6 +327,19 @@ def test_every_source_has_a_section_that_only_it_reads():
       config.data.source = section
       assert not command_line.unread(config, [f"data.{section}.{key}"])
       config.data.source = "none"
+
+
+def test_every_network_and_method_has_a_section_that_only_it_reads():
+  """If any; and what MeanFlow fixes in training, others do not read."""
+  config = base.get_config()
+  for section, kinds in (("model", networks.KINDS), ("method", registry.known())):
+    for name in kinds:
+      config[section].name = name
+      for other in kinds.keys() & config[section].keys():
+        key = f"{section}.{other}.{next(iter(config[section][other]))}"
+        assert bool(command_line.unread(config, [key])) == (other != name)
+  config.method.name = "improved_meanflow"
+  assert command_line.unread(config, ["method.guidance.omega"])
 
 
 def test_flags_override_every_kind_of_value():

@@ -24,7 +24,7 @@ from meanflow_jax.models.embeddings import sincos_positions
 from meanflow_jax.runtime.mesh import shardings_of
 from meanflow_jax.runtime.weights import Weights, read_meanflow, read_safetensors, read_state_dict
 from meanflow_jax.train_step import Purpose, TrainState, from_items, stream, to_items
-from tests import golden_check, golden_meanflow, golden_sit
+from tests import golden_check, golden_imeanflow, golden_meanflow, golden_sit
 from tests.fill import filled
 from tests.runs import (
   ROOT,
@@ -56,6 +56,17 @@ CHANGES = {
   "evaluate.count": 0,
 }
 SHAPE = (8, 8, 4)
+IMPROVED = {
+  "model.name": "in_context_dit",
+  "model.depth": 3,
+  "model.in_context_dit.head_depth": 2,
+  "model.in_context_dit.class_tokens": 3,
+  "model.in_context_dit.omega_tokens": 2,
+  "model.in_context_dit.interval_tokens": 1,
+  "model.in_context_dit.time_tokens": 2,
+  "method.name": "improved_meanflow",
+  "train.steps": 5000,
+}
 
 
 def config_of(changes: dict[str, Any] | None = None) -> ConfigDict:
@@ -87,7 +98,7 @@ def golden(name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 def reference_params() -> Any:
-  return golden_meanflow.dit_params(*golden("meanflow_dit_cfg_kappa"), "params")
+  return golden_meanflow.params_of(*golden("meanflow_dit_cfg_kappa"), "params")
 
 
 def sit_tensors() -> dict[str, np.ndarray]:
@@ -118,6 +129,39 @@ def test_the_references_checkpoint_becomes_a_state(tmp_path, path, capsys):
   text = capsys.readouterr().out
   assert "params from params" in text
   assert "ema_0.999 from ema_params" in text
+
+
+def test_the_checkpoint_of_improved_meanflow_becomes_a_state(tmp_path):
+  config = config_of(IMPROVED)
+  convert.read(config, tmp_path, GOLDEN / "imeanflow_checkpoint", "imeanflow")
+  state = restored(config, tmp_path, mesh_of(8, 1))
+  assert int(state.step) == 4321
+  reference = golden_imeanflow.params_of(*golden("imeanflow_dit"), "params")
+  assert_same(state.params, reference)
+  assert_same(state.ema["0.999"], jax.tree.map(lambda x: x / 2, reference))
+
+
+@pytest.mark.parametrize(
+  ("changes", "folder", "layout"),
+  [(IMPROVED, "meanflow_checkpoint", "meanflow"), ({}, "imeanflow_checkpoint", "imeanflow")],
+)
+def test_a_layout_of_another_network_is_refused(tmp_path, changes, folder, layout):
+  with pytest.raises(ValueError, match=f"--layout={layout} is of a network "):
+    convert.read(config_of(changes), tmp_path / "run", GOLDEN / folder, layout)
+  assert not (tmp_path / "run").exists()
+
+
+def test_what_does_not_fit_the_two_headed_network_is_listed():
+  arrays, meta = golden("imeanflow_dit")
+  tensors = {k.removeprefix("params/"): x for k, x in arrays.items() if k.startswith("params/")}
+  del tensors["net/u_heads_1/attn/k_proj/_flax_linear/kernel"]
+  tensors["net/time_tokens"] = np.zeros((3, 32), np.float32)
+  with pytest.raises(ValueError, match="not the network's") as caught:
+    golden_imeanflow.from_theirs(golden_imeanflow.network(meta), SHAPE, tensors)
+  assert str(caught.value).splitlines()[1:] == [
+    "  missing: net/u_heads_1/attn/k_proj/_flax_linear/kernel",
+    "  misshapen: net/time_tokens (3, 32) instead of (2, 32)",
+  ]
 
 
 def test_the_newest_of_the_references_checkpoints_is_taken(tmp_path):
@@ -162,7 +206,7 @@ def test_a_published_checkpoint_is_sampled_and_trained_further(tmp_path):
   noise = lambda i: jax.random.normal(stream(0, Purpose.SAMPLE_NOISE, i), SHAPE)
   z, y, one = np.stack([noise(i) for i in range(20)]), np.arange(20) % 10, np.ones(20, np.float32)
   average = jax.tree.map(lambda x: x / 2, reference_params())
-  network = golden_meanflow.dit(golden("meanflow_dit_cfg_kappa")[1])
+  network = golden_meanflow.network(golden("meanflow_dit_cfg_kappa")[1])
   u = jax.jit(network.apply)({"params": average}, z, one, one, y.astype(np.int32))
   levels = np.clip(np.floor(127.5 * (z - u) + 128), 0, 255)
   assert np.abs(images.astype(int) - levels).max() <= 1  # a pixel may fall on an edge

@@ -15,13 +15,13 @@ import pytest
 
 from meanflow_jax.export import PLATFORMS, export_generator
 from meanflow_jax.generate import ROUNDING, Decoder, Generator, Labels
-from meanflow_jax.methods.guidance import SamplingGuidance
+from meanflow_jax.methods.guidance import GuidanceInput, SamplingGuidance
 from meanflow_jax.methods.sampler import sample, time_grid
 from meanflow_jax.models.autoencoder import Autoencoder
 from meanflow_jax.runtime.mesh import constrain_rows
 from meanflow_jax.train_step import velocity_fn
 from tests.runs import mesh_of
-from tests.tiny import Params, dit, meanflow, random_params
+from tests.tiny import Params, dit, in_context_dit, meanflow, random_params
 
 METHOD = meanflow(equal_fraction=0.5)
 RECORD = {"step": 1234, "average": "ema_0.9999", "config": {"model": {"width": 16}}}
@@ -127,6 +127,10 @@ CASES = {
   "guided": lambda: generator(
     guidance=SamplingGuidance(2.0, 0.0, 0.7, METHOD.null_label), rounding="adm"
   ),
+  "guidance as an input": lambda: generator(
+    network=in_context_dit().clone(constrain=constrain_rows(mesh_of(2, 1))),
+    guidance=GuidanceInput(2.0, 0.3, 0.8),
+  ),
   "unconditional": lambda: generator(
     network=dit(depth=1, num_classes=0), labels=Labels("balanced", 0, 0)
   ),
@@ -218,3 +222,12 @@ def test_mistakes_are_refused(tmp_path: pathlib.Path) -> None:
   with pytest.raises(ValueError, match="a exists; it is left as it is"):
     export("a", "cpu")
   assert list((tmp_path / "a").iterdir()) == []
+
+
+def test_what_only_training_asks_for_is_left_out(tmp_path: pathlib.Path) -> None:
+  made = generator(network=in_context_dit(depth=3), guidance=GuidanceInput(2.0, 0.3, 0.8))
+  params = params_of(made)
+  export_generator(tmp_path / "exported", made, params, platforms=("cpu",), record=RECORD)
+  with np.load(tmp_path / "exported" / "weights.npz") as weights:
+    parts = {name.split("/")[1] for name in weights}
+  assert parts == params.keys() - {"v_blocks", "v_norm", "v_out"}

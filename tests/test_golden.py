@@ -18,9 +18,16 @@ def test_golden(path):
   assert golden_check.check(path)
 
 
-def test_a_checkpoint_folder_finds_its_golden_file(capsys):
-  assert golden_check.check_folder(CHECKPOINT)
-  assert "(meanflow_dit_cfg_kappa.npz)  u" in capsys.readouterr().out
+@pytest.mark.parametrize(
+  ("folder", "golden"),
+  [
+    ("meanflow_checkpoint", "meanflow_dit_cfg_kappa.npz"),
+    ("imeanflow_checkpoint", "imeanflow_dit.npz"),
+  ],
+)
+def test_a_checkpoint_folder_finds_its_golden_file(folder, golden, capsys):
+  assert golden_check.check_folder(FOLDER / folder)
+  assert f"({golden})  u" in capsys.readouterr().out
 
 
 def test_a_checkpoint_folder_takes_the_golden_file_given(tmp_path, capsys):

@@ -38,6 +38,12 @@ def assert_mentions(text: str, *words: str) -> None:
   assert [word for word in words if word not in text] == [], text
 
 
+IMPROVED = {
+  "model.name": "in_context_dit",
+  "model.in_context_dit.head_depth": 1,
+  "method.name": "improved_meanflow",
+}
+PAIRS = ["improved_meanflow with in_context_dit", "; meanflow with dit"]
 # Changes to the config, and what their refusal must mention.
 MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
   ({"train.batch_size": 12}, ["train.batch_size 12", "8 devices", "16"]),
@@ -78,6 +84,23 @@ MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
   ({"sample.rounding": "up"}, ["sample.rounding", "meanflow", "'up'"]),
   ({"sample.guidance.t_min": 0.7, "sample.guidance.t_max": 0.2}, ["t_min 0.7", "t_max 0.2"]),
   ({"sample.guidance.omega": float("nan")}, ["sample.guidance.omega", "nan"]),
+  ({"sample.guidance.omega": 2.0}, ["fixed in training", "scale of 1.24", "2.0"]),
+  ({"evaluate.omega": (1.0, 3.0)}, ["fixed in training", "scale of 1.24", "3.0"]),
+  (IMPROVED | {"sample.guidance.omega": 0.5}, ["sample.guidance.omega", "0.5"]),
+  (IMPROVED | {"evaluate.omega": (2.0, 0.0)}, ["evaluate.omega", "0.0"]),
+  (
+    IMPROVED | {"sample.guidance.t_min": 0.5, "sample.guidance.t_max": 0.5},
+    ["t_min 0.5", "t_max 0.5"],
+  ),
+  (IMPROVED | {"method.improved_meanflow.omega_max": 0.5}, ["omega_max", "0.5"]),
+  (IMPROVED | {"method.improved_meanflow.interval_split": 1.0}, ["interval_split", "1.0"]),
+  (IMPROVED | {"method.label_dropout.rate": 0.0}, ["label_dropout.rate above 0"]),
+  (IMPROVED | {"data.num_classes": 0}, ["unconditional", "omega_max 1", "label_dropout"]),
+  (IMPROVED | {"model.in_context_dit.head_depth": 2}, ["head_depth 2", "model.depth 1"]),
+  ({"method.name": "improved_meanflow"}, [*PAIRS, "'improved_meanflow' does not fit"]),
+  ({"model.name": "in_context_dit"}, [*PAIRS, "'meanflow' does not fit"]),
+  ({"method.name": "mean"}, ["method.name", "'mean'", "improved_meanflow"]),
+  ({"model.name": "dat"}, ["model.name", "'dat'", "in_context_dit"]),
   ({"autoencoder.path": "absent"}, ["absent/config.json", "sd-vae-ft-mse"]),
   ({"evaluate.nfe": ()}, ["evaluate.nfe is empty"]),
   ({"evaluate.ema": (0.5,)}, ["no average 0.5", "evaluate.ema", "(0.999,)"]),

@@ -14,6 +14,7 @@ from meanflow_jax.methods.guidance import Guidance, LabelDropout
 from meanflow_jax.methods.meanflow import AdaptiveWeight, MeanFlow
 from meanflow_jax.methods.time_sampling import TimePairs, Uniform
 from meanflow_jax.models.dit import DiT
+from meanflow_jax.models.in_context_dit import InContextDiT
 from meanflow_jax.train_step import init_params
 
 Params = dict[str, Any]
@@ -74,6 +75,26 @@ def dit(**changes: Any) -> DiT:
     "remat": "none",
   }
   return DiT(**settings | changes)
+
+
+def in_context_dit(**changes: Any) -> InContextDiT:
+  settings = {
+    "patch_size": 2,
+    "width": 16,
+    "depth": 2,
+    "num_heads": 2,
+    "num_classes": 3,
+    "head_depth": 1,
+    "class_tokens": 2,
+    "omega_tokens": 1,
+    "interval_tokens": 1,
+    "time_tokens": 2,
+    "time_frequencies": 16,
+    "dtype": "float32",
+    "scan": True,
+    "remat": "none",
+  }
+  return InContextDiT(**settings | changes)
 
 
 def random_params(network: nn.Module, image_shape: tuple[int, ...]) -> Params:

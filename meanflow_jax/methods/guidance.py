@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from meanflow_jax.arrays import (
+  GuidanceScale,
   Image,
   Label,
   Mask,
+  NetworkFn,
   PRNGKey,
   Time,
   VelocityFn,
@@ -58,6 +60,13 @@ class Guidance:
   def is_on(self) -> bool:
     """Whether the target differs from the velocity at all."""
     return self.needs_conditional or self.needs_unconditional
+
+  def __str__(self) -> str:
+    scale = self.omega / (1 - self.kappa)
+    return (
+      f"an effective scale of {scale:g} (method.guidance: omega {self.omega:g}, kappa "
+      f"{self.kappa:g}) for t in [{self.t_start:g}, {self.t_end:g}]"
+    )
 
   def __call__(self, v: Image, v_c: Image, v_u: Image, t: Time) -> Image:
     """Combines the velocity with the network's conditional and unconditional ones."""
@@ -147,5 +156,42 @@ class SamplingGuidance:
       u, u_null = pairs.split(velocity_fn(*pairs.merge(given, null)))
       inside = (t >= self.t_min) & (t <= self.t_max)
       return u_null + per_row(jnp.where(inside, self.omega, 1.0)) * (u - u_null)
+
+    return guided
+
+
+@dataclasses.dataclass(frozen=True)
+class GuidanceInput:
+  """Guidance when sampling as an input of the network, which has learned it (arXiv 2512.02012).
+
+  It costs no further evaluation.
+
+  Attributes:
+    omega: the scale; 1 is off.
+    t_min, t_max: where in t it is on.
+  """
+
+  omega: float
+  t_min: float
+  t_max: float
+
+  def __post_init__(self):
+    if not (math.isfinite(self.omega) and self.omega >= 1):
+      raise ValueError(
+        f"sample.guidance.omega (and evaluate.omega) must be 1, for no guidance, or more: such "
+        f"models have learned no smaller scale; got {self.omega}"
+      )
+    if not 0 <= self.t_min < self.t_max <= 1:
+      raise ValueError(
+        "sample.guidance must satisfy 0 <= t_min < t_max <= 1 (omega 1 is without guidance), "
+        f"got t_min {self.t_min} and t_max {self.t_max}"
+      )
+
+  def guided(self, network_fn: NetworkFn) -> VelocityFn:
+    """The velocity with guidance."""
+
+    def guided(z: Image, r: Time, t: Time, y: Label) -> Image:
+      scale = GuidanceScale(*(jnp.full_like(t, x) for x in (self.omega, self.t_min, self.t_max)))
+      return network_fn(z, r, t, y, guidance=scale)
 
     return guided

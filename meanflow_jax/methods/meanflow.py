@@ -1,18 +1,20 @@
 """MeanFlow: average velocities learnt from their identity (arXiv 2505.13447)."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple, no_type_check
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from meanflow_jax.arrays import (
   Image,
   Label,
   Mask,
+  NetworkFn,
   PRNGKey,
   Scalar,
   Time,
@@ -23,7 +25,8 @@ from meanflow_jax.arrays import (
   without_dropout,
 )
 from meanflow_jax.kernels import forward_mode
-from meanflow_jax.methods.guidance import Guidance, LabelDropout
+from meanflow_jax.methods.guidance import Guidance, LabelDropout, SamplingGuidance
+from meanflow_jax.methods.method import Method, Step
 from meanflow_jax.methods.row_groups import RowGroups
 from meanflow_jax.methods.time_sampling import TimePairs
 
@@ -64,7 +67,7 @@ class AdaptiveWeight:
     return error / stop_gradient(error + self.c) ** self.p
 
 
-class _Rows(NamedTuple):
+class Rows(NamedTuple):
   """What the network sees of some rows; `y_in` is the label after dropout."""
 
   z: Image
@@ -74,12 +77,19 @@ class _Rows(NamedTuple):
   y_in: Label
 
 
+def draw_noise(key: PRNGKey, x: Image) -> Image:
+  """e ~ N(0, I) for data x."""
+  # Drawn flat, the same numbers: counters in four dimensions take XLA:CPU long to compile.
+  return jax.random.normal(key, (x.size,), x.dtype).reshape(x.shape)
+
+
 def velocity_and_derivative(
-  velocity_fn: VelocityFn, z: Image, r: Time, t: Time, y: Label, tangent: Image
-) -> tuple[Image, Image]:
+  velocity_fn: VelocityFn | NetworkFn, z: Image, r: Time, t: Time, y: Label, tangent: Image
+) -> tuple[PyTree, PyTree]:
   """u(z, r, t) and du/dt = tangent . grad_z u + d_t u along the flow (eq. 8).
 
-  The derivative carries no gradient: it only enters targets.
+  The derivative carries no gradient: it only enters targets. Where the function returns several
+  velocities, there are as many derivatives.
   """
   with jax.named_scope("jvp_du_dt"):
     u, du_dt = forward_mode.jvp(
@@ -91,7 +101,7 @@ def velocity_and_derivative(
 
 
 @dataclasses.dataclass(frozen=True)
-class MeanFlow:
+class MeanFlow(Method):
   """The MeanFlow objective and its sampling step; with r = t on all rows, flow matching.
 
   Attributes:
@@ -112,6 +122,21 @@ class MeanFlow:
     self.label_dropout.probability(self.times.rows)
 
   @property
+  def rows(self) -> RowGroups:
+    """How a batch splits into rows with r = t and rows with r < t."""
+    return self.times.rows
+
+  @property
+  def is_guided(self) -> bool:
+    """Whether guidance is part of the target."""
+    return self.guidance.is_on
+
+  @property
+  def needs_unconditional(self) -> bool:
+    """Whether the velocity without class has a part in it."""
+    return self.guidance.needs_unconditional
+
+  @property
   def forward_passes(self) -> float:
     """What one step costs, in forward passes of its batch; a backward pass counts as two.
 
@@ -121,14 +146,29 @@ class MeanFlow:
     guidance = self.guidance.needs_unconditional + ahead * self.guidance.needs_conditional
     return 3 + ahead + guidance
 
-  def draw(self, key: PRNGKey, x: Image, y: Label) -> Draws:
-    """Draws all random numbers of one step for data x with labels y."""
+  def flops(self, forward: Callable[..., float]) -> float:
+    """What a step costs for each row, from what a forward pass costs."""
+    return self.forward_passes * forward()
+
+  def sampling_guidance(self, omega: float, t_min: float, t_max: float) -> SamplingGuidance:
+    """Classifier-free guidance of each step, where the target has none.
+
+    Raises:
+      ValueError: guidance was fixed in training; says at which scale.
+    """
+    if omega != 1 and self.guidance.is_on:
+      raise ValueError(
+        f"the guidance of this model was fixed in training, at {self.guidance}: when sampling it "
+        f"cannot be {omega}. Leave sample.guidance.omega (and evaluate.omega) at 1"
+      )
+    return SamplingGuidance(omega, t_min, t_max, self.null_label)
+
+  def draw(self, key: PRNGKey, x: Image, y: Label, step: Step = 0) -> Draws:
+    """Draws all random numbers of one step for data x with labels y; all steps are alike."""
     key_noise, key_times, key_dropout = jax.random.split(key, 3)
-    # Drawn flat, the same numbers: counters in four dimensions take XLA:CPU long to compile.
-    noise = jax.random.normal(key_noise, (x.size,), x.dtype).reshape(x.shape)
     r, t = self.times(key_times, x.shape[0])
     return Draws(
-      noise=noise,
+      noise=draw_noise(key_noise, x),
       r=r,
       t=t,
       dropped=self.label_dropout(key_dropout, y, self.times.rows),
@@ -149,17 +189,14 @@ class MeanFlow:
     v = draws.noise - x
     z = x + per_row(draws.t) * v
     y_in = without_class(y, self.null_label, draws.dropped)
-    equal, ahead = draws.rows.split(_Rows(z, draws.r, draws.t, y, y_in))
+    equal, ahead = draws.rows.split(Rows(z, draws.r, draws.t, y, y_in))
 
     u_equal = velocity_fn(equal.z, equal.t, equal.t, equal.y_in)
     v_guided = self.guided_velocity(velocity_fn, z, v, y, draws, u_equal)
-    _, tangent = draws.rows.split(v_guided)
-    u_ahead, du_dt = velocity_and_derivative(
-      velocity_fn, ahead.z, ahead.r, ahead.t, ahead.y_in, tangent
-    )
+    v_equal, v_ahead = draws.rows.split(v_guided)
+    u_ahead, target = self.average_velocity(velocity_fn, ahead, v_ahead, draws)
     u = draws.rows.merge(u_equal, u_ahead)
-    du_dt = draws.rows.merge(jnp.zeros_like(u_equal), du_dt)
-    target = v_guided - per_row(draws.t - draws.r) * du_dt
+    target = draws.rows.merge(v_equal, target)
 
     loss = self.weight(jnp.sum((u - target) ** 2, axis=(1, 2, 3))).mean()
     metrics = {"error": jnp.mean((u - target) ** 2)}
@@ -167,11 +204,19 @@ class MeanFlow:
       metrics["velocity_error"] = jnp.mean((u_equal - draws.rows.split(v)[0]) ** 2)
     return loss, metrics
 
-  def loss(
-    self, velocity_fn: VelocityFn, key: PRNGKey, x: Image, y: Label
-  ) -> tuple[Scalar, dict[str, Scalar]]:
-    """`objective` of a fresh draw."""
-    return self.objective(velocity_fn, x, y, self.draw(key, x, y))
+  def average_velocity(
+    self, velocity_fn: VelocityFn, rows: Rows, v: Image, draws: Draws
+  ) -> tuple[Image, Image]:
+    """u(z, r, t) of the rows with r < t, and its target v - (t - r) du/dt (eq. 10).
+
+    Args:
+      velocity_fn: the network.
+      rows: these rows alone.
+      v: their guided velocity.
+      draws: of all rows.
+    """
+    u, du_dt = velocity_and_derivative(velocity_fn, rows.z, rows.r, rows.t, rows.y_in, v)
+    return u, v - per_row(rows.t - rows.r) * du_dt
 
   def guided_velocity(
     self, velocity_fn: VelocityFn, z: Image, v: Image, y: Label, draws: Draws, u_equal: EqualRows
@@ -213,10 +258,5 @@ class MeanFlow:
     v_u, v_c = both.split(velocity(*both.merge(null, ahead)))
     return rows.merge(u_equal, v_c), v_u
 
-  def step(self, velocity_fn: VelocityFn, z: Image, t: Time, r: Time, y: Label) -> Image:
-    """One sampling step from t to r < t: z_r = z_t - (t - r) u(z_t, r, t) (eq. 12).
 
-    A model of plain flow matching knows u at r = t only: its step is Euler's.
-    """
-    start = t if self.times.rows.rest == 0 else r
-    return z - per_row(t - r) * velocity_fn(z, start, t, y)
+METHOD = MeanFlow

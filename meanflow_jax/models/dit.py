@@ -3,14 +3,14 @@
 from collections.abc import Callable
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from meanflow_jax.arrays import Image, Label, Time
 from meanflow_jax.kernels import plain
 from meanflow_jax.models.embeddings import TimeEmbedder, sincos_positions
+from meanflow_jax.models.patches import join_patches, split_patches
+from meanflow_jax.models.rematerialisation import REMAT, name_mixed, rematerialised
 
 Tokens = Float[Array, "B N E"]
 Condition = Float[Array, "B E"]
@@ -19,10 +19,8 @@ Mixer = Callable[[Array, int], Array]
 
 TIMES = ("t", "h", "r")
 POSITIONS = ("sincos", "learned")
-REMAT = ("none", "matmuls", "blocks")
 DTYPES = ("float32", "bfloat16")
 MLP_RATIO = 4
-MIXED = "mixed"  # what attention puts out, in the policy of what to keep
 
 
 def _dense(features: int, dtype: str, name: str, *, zero: bool = False) -> nn.Dense:
@@ -50,7 +48,7 @@ class Attention(nn.Module):
     """Mixes tokens."""
     width = x.shape[-1]
     qkv = _dense(3 * width, self.dtype, "qkv")(x)
-    mixed = checkpoint_name(self.attention(qkv, self.num_heads), MIXED)
+    mixed = name_mixed(self.attention(qkv, self.num_heads))
     return _dense(width, self.dtype, "out")(mixed)
 
 
@@ -144,10 +142,14 @@ class DiT(nn.Module):
     x = self._transform(x, condition)
     return self._unembed(x, condition, z.shape).astype(jnp.float32)
 
+  def tokens(self, side: int) -> int:
+    """Of a square image."""
+    return (side // self.patch_size) ** 2
+
   def forward_flops(self, image_shape: tuple[int, ...]) -> int:
     """Floating-point operations of the matrix products in one image's forward pass."""
-    height, columns, channels = image_shape
-    tokens, patch = height * columns // self.patch_size**2, self.patch_size**2 * channels
+    side, _, channels = image_shape
+    tokens, patch = self.tokens(side), self.patch_size**2 * channels
     block = tokens * ((4 + 2 * MLP_RATIO) * self.width**2 + 2 * tokens * self.width)
     block += 6 * self.width**2
     times = len(self.conditioning) * (self.time_frequencies + self.width) * self.width
@@ -169,15 +171,8 @@ class DiT(nn.Module):
 
   def _embed(self, z: Image) -> Tokens:
     """Linear patch embeddings plus positions."""
-    batch, height, columns, channels = z.shape
-    p = self.patch_size
-    if height % p or columns % p:
-      raise ValueError(f"an image of {height} x {columns} does not divide into patches of {p}")
-    rows, columns = height // p, columns // p
-    patches = z.reshape(batch, rows, p, columns, p, channels).swapaxes(2, 3)
-    x = _dense(self.width, self.dtype, "patch_embedder")(
-      patches.reshape(batch, rows * columns, p * p * channels)
-    )
+    x = _dense(self.width, self.dtype, "patch_embedder")(split_patches(z, self.patch_size))
+    rows, columns = (side // self.patch_size for side in z.shape[1:3])
     if self.positions == "learned":
       shape = (rows * columns, self.width)
       positions = self.param("positions", nn.initializers.normal(0.02), shape)
@@ -187,7 +182,7 @@ class DiT(nn.Module):
 
   def _transform(self, x: Tokens, condition: Condition) -> Tokens:
     layers = nn.scan(
-      self._block(),
+      rematerialised(Block, self.remat, scan=self.scan),
       variable_axes={"params": 0},
       split_rngs={"params": True},
       in_axes=nn.broadcast,
@@ -197,29 +192,14 @@ class DiT(nn.Module):
     layers = layers(self.num_heads, self.dtype, self.attention, self.constrain, name="blocks")
     return layers(x, condition)[0]
 
-  def _block(self) -> type[nn.Module]:
-    """A block that keeps for the backward pass what `remat` says."""
-    if self.remat == "blocks":
-      return nn.remat(Block, prevent_cse=not self.scan)
-    if self.remat == "matmuls":
-      # Unrolled, XLA may undo this: it finds what to keep by itself. It cannot see through a scan.
-      policies = jax.checkpoint_policies
-      policy = policies.save_from_both_policies(
-        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(MIXED)
-      )
-      return nn.remat(Block, prevent_cse=False, policy=policy)
-    return Block
-
   def _unembed(self, x: Tokens, condition: Condition, shape: tuple) -> Image:
     """The final modulated projection, back from patches to an image."""
-    batch, height, columns, channels = shape
-    p = self.patch_size
     modulation = _dense(2 * self.width, self.dtype, "final_modulation", zero=True)(condition)
     shift, scale = jnp.split(self.constrain(modulation), 2, axis=-1)
     x = _modulate(_norm(self.dtype)(x), shift, scale)
-    patches = _dense(p * p * channels, self.dtype, "final", zero=True)(x)
-    patches = patches.reshape(batch, height // p, columns // p, p, p, channels)
-    return patches.swapaxes(2, 3).reshape(shape)
+    features = self.patch_size**2 * shape[-1]
+    patches = _dense(features, self.dtype, "final", zero=True)(x)
+    return join_patches(patches, self.patch_size, shape)
 
 
 def _check_choice(key: str, choices: tuple[str, ...], *values: str) -> None:

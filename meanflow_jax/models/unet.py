@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Key
 
 from meanflow_jax.arrays import Image, Label, Time, told
 from meanflow_jax.kernels import plain
+from meanflow_jax.models.rematerialisation import REMAT
 from meanflow_jax.models.torch_layout import Params, Tensors, read_tensors
 
 Condition = Float[Array, "B E"]
@@ -22,7 +23,6 @@ Resized = Float[Array, "B h w c"]
 Keys = Key[Array, "B"]
 
 DTYPES = ("float32", "bfloat16")
-REMAT = ("none", "matmuls", "blocks")
 CONDITION = 4  # its width, in units of the network's
 GROUPS, GROUP_SIZE = 32, 4  # of a norm: at most, and channels of one at least
 MAX_PERIOD = 10_000

@@ -1,0 +1,269 @@
+"""The transformer of improved MeanFlow (arXiv 2512.02012): told by tokens, with two heads."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from meanflow_jax.arrays import GuidanceScale, Image, Label, Time
+from meanflow_jax.kernels import plain
+from meanflow_jax.models.dit import DTYPES, Tokens
+from meanflow_jax.models.embeddings import TimeEmbedder
+from meanflow_jax.models.patches import join_patches, split_patches
+from meanflow_jax.models.rematerialisation import REMAT, name_mixed, rematerialised
+
+Heads = Float[Array, "B N K D"]
+# Cosine and sine of the angle by which each pair of features is turned at each position.
+Rotation = tuple[Float[Array | np.ndarray, "N d"], Float[Array | np.ndarray, "N d"]]
+
+MAX_PERIOD = 10_000
+GAIN = 0.32  # of the blocks' initial weights
+
+
+def rotation(tokens: int, size: int) -> Rotation:
+  """The angles of rotary positions 0, ..., tokens - 1 (arXiv 2104.09864), for heads of a size."""
+  frequencies = MAX_PERIOD ** (-np.arange(0, size, 2) / size)
+  angles = np.outer(np.arange(tokens), frequencies)
+  return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+def rotate(x: Heads, by: Rotation) -> Heads:
+  """Turns the pairs (i, i + D / 2) of each head's features, in float32.
+
+  Which features are a pair is a convention; halves need no strided access.
+  """
+  cos, sin = (jnp.asarray(part)[None, :, None] for part in by)
+  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  turned = [first * cos - second * sin, first * sin + second * cos]
+  return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+def mlp_size(width: int) -> int:
+  """Hidden features of a block's perceptron: with its gate, as many weights as of 4 widths."""
+  return 8 * width // 3
+
+
+def _scaled(gain: float) -> nn.initializers.Initializer:
+  """Normal, with standard deviation gain / sqrt(inputs)."""
+  return nn.initializers.variance_scaling(gain**2, "fan_in", "normal")
+
+
+class Block(nn.Module):
+  """Attention and a gated perceptron (SwiGLU), each added through a gate that starts at zero."""
+
+  num_heads: int
+  dtype: str
+  attention: Callable[[Heads, Heads, Heads], Heads]
+  constrain: Callable[[Array], Array]
+
+  @nn.compact
+  def __call__(self, x: Tokens, positions: Rotation) -> tuple[Tokens, None]:
+    """Applies both; the second value is the (empty) output of a scan."""
+    attended = self._attend(self._norm("attention_norm")(x), positions)
+    x = x + self._gate("attention_gate", x) * attended
+    hidden = self._dense(2 * mlp_size(x.shape[-1]), "mlp_in")(self._norm("mlp_norm")(x))
+    gate, hidden = jnp.split(hidden, 2, axis=-1)
+    hidden = self._dense(x.shape[-1], "mlp_out")(nn.silu(gate) * hidden)
+    x = x + self._gate("mlp_gate", x) * hidden
+    return self.constrain(x), None
+
+  def _attend(self, x: Tokens, positions: Rotation) -> Tokens:
+    batch, tokens, width = x.shape
+    heads = (batch, tokens, self.num_heads, width // self.num_heads)  # batches may be empty
+    qkv = self._dense(3 * width, "qkv")(x)
+    q, k, v = (part.reshape(heads) for part in jnp.split(qkv, 3, axis=-1))
+    q, k = (rotate(self._norm(f"{n}_norm")(part), positions) for n, part in (("q", q), ("k", k)))
+    mixed = name_mixed(self.attention(q, k, v).reshape(x.shape))
+    return self._dense(width, "attention_out")(mixed)
+
+  def _dense(self, features: int, name: str) -> nn.Dense:
+    return nn.Dense(
+      features, use_bias=False, dtype=self.dtype, kernel_init=_scaled(GAIN), name=name
+    )
+
+  def _norm(self, name: str) -> nn.RMSNorm:
+    return nn.RMSNorm(epsilon=1e-6, dtype=self.dtype, name=name)
+
+  def _gate(self, name: str, x: Tokens) -> Float[Array, "1 1 E"]:
+    return self.param(name, nn.initializers.zeros, x.shape[-1:]).astype(self.dtype)[None, None]
+
+
+class InContextDiT(nn.Module):
+  """A transformer that is told label, guidance and h = t - r by tokens before those of the image.
+
+  A trunk carries two heads: u, the average velocity, and v, an auxiliary velocity at t that only
+  training asks for. Parameters are float32; those of blocks are stacked over layers, so that a
+  checkpoint does not depend on `scan`.
+
+  Attributes:
+    patch_size: side of a patch, in pixels.
+    width, num_heads: of the transformer.
+    depth: blocks between input and output: trunk and one head.
+    head_depth: blocks of each head.
+    num_classes: size of the label table without the null class; 0 takes no labels.
+    class_tokens, omega_tokens, interval_tokens, time_tokens: how many tokens say the label, the
+      guidance scale, each end of its interval, and h.
+    time_frequencies: sinusoids of a number's embedding.
+    dtype: the dtype of computation; embeddings of numbers, norms' statistics, rotations and softmax
+      are float32.
+    scan: compile one block of each stack and loop over it, instead of unrolling all.
+    remat: what the backward pass recomputes, as in `models.dit.DiT`.
+    attention: of queries, keys and values.
+    constrain: fixes the sharding of activations.
+  """
+
+  HEADS: ClassVar[tuple[str, ...]] = ("u", "v")
+  TRAINING_ONLY: ClassVar[tuple[str, ...]] = ("v_blocks", "v_norm", "v_out")  # parameters of v
+
+  patch_size: int
+  width: int
+  depth: int
+  num_heads: int
+  num_classes: int
+  head_depth: int
+  class_tokens: int
+  omega_tokens: int
+  interval_tokens: int
+  time_tokens: int
+  time_frequencies: int
+  dtype: str
+  scan: bool
+  remat: str
+  attention: Callable[[Heads, Heads, Heads], Heads] = plain.attention
+  constrain: Callable[[Array], Array] = lambda x: x
+
+  def __post_init__(self):
+    for name, choices in (("remat", REMAT), ("dtype", DTYPES)):
+      if getattr(self, name) not in choices:
+        raise ValueError(f"model.{name} must be one of {choices}, got {getattr(self, name)!r}")
+    for name in ("patch_size", "width", "num_heads"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"model.{name} must be at least 1, got {getattr(self, name)}")
+    for name in ("class_tokens", "omega_tokens", "interval_tokens", "time_tokens"):
+      if getattr(self, name) < 1:
+        raise ValueError(
+          f"model.in_context_dit.{name} must be at least 1, got {getattr(self, name)}"
+        )
+    if not 1 <= self.head_depth <= self.depth:
+      raise ValueError(
+        f"model.in_context_dit.head_depth {self.head_depth} must lie between 1 and model.depth "
+        f"{self.depth}, which counts the blocks of trunk and one head"
+      )
+    if self.time_frequencies < 2 or self.time_frequencies % 2:
+      raise ValueError(f"model.time_frequencies must be even, got {self.time_frequencies}")
+    if self.width % (2 * self.num_heads):
+      raise ValueError(
+        f"model.width {self.width} must be divisible by twice model.num_heads {self.num_heads}"
+      )
+    super().__post_init__()
+
+  @nn.compact
+  def __call__(
+    self,
+    z: Image,
+    t: Time,
+    h: Time,
+    y: Label,
+    guidance: GuidanceScale | None = None,
+    heads: Sequence[str] | None = None,
+  ) -> Image | tuple[Image, ...]:
+    """The velocities that the heads say, float32 of the shape of z.
+
+    Args:
+      z: what the velocities are of.
+      t: its time, which the network is not told.
+      h: t - r, the length of the interval that u is the average over.
+      y: the label.
+      guidance: with which scale, and where in t; None is without guidance.
+      heads: some of "u" and "v", for a tuple of velocities; None for u itself.
+
+    Raises:
+      ValueError: if the image's sides are not divisible by the patch size.
+    """
+    guidance = GuidanceScale.off(t) if guidance is None else guidance
+    x = jnp.concatenate([*self._prefix(h, y, guidance), self._embed(z)], axis=1)
+    positions = rotation(x.shape[1], self.width // self.num_heads)
+    x = self._layers("trunk", self.depth - self.head_depth, self.constrain(x), positions)
+    # All parameters are made, whatever is asked for.
+    names = self.HEADS if self.is_initializing() else heads or ("u",)
+    velocities = tuple(self._head(name, x, positions, z.shape) for name in names)
+    return velocities[0] if heads is None else velocities
+
+  def tokens(self, side: int) -> int:
+    """Of a square image, with those that tell the network."""
+    return (side // self.patch_size) ** 2 + sum(self._token_counts().values())
+
+  def forward_flops(self, image_shape: tuple[int, ...], heads: Sequence[str] = ("u",)) -> int:
+    """Floating-point operations of the matrix products in one image's forward pass."""
+    side, _, channels = image_shape
+    tokens, count, patch = self.tokens(side), len(heads), self.patch_size**2 * channels
+    patches, told = (side // self.patch_size) ** 2, self._token_counts()
+    weights = 4 * self.width**2 + 3 * self.width * mlp_size(self.width)
+    block = tokens * (weights + 2 * tokens * self.width)
+    blocks = self.depth - self.head_depth + count * self.head_depth
+    numbers = len(told) - bool(self.num_classes)
+    embedders = numbers * (self.time_frequencies + self.width) * self.width
+    return 2 * (blocks * block + embedders + (1 + count) * patches * patch * self.width)
+
+  def _token_counts(self) -> dict[str, int]:
+    """How many tokens say what, in their order."""
+    label = {"label": self.class_tokens} if self.num_classes else {}
+    interval = dict.fromkeys(("t_min", "t_max"), self.interval_tokens)
+    return label | {"omega": self.omega_tokens} | interval | {"h": self.time_tokens}
+
+  def _prefix(self, h: Time, y: Label, guidance: GuidanceScale) -> list[Array]:
+    """Learned tokens, to each of which the embedding of what it says is added."""
+    normal = nn.initializers.normal(1 / math.sqrt(self.width))
+    numbers = {"omega": 1 - 1 / guidance.omega, "t_min": guidance.t_min, "t_max": guidance.t_max}
+    numbers["h"] = h
+
+    def embedded(name: str) -> Float[Array, "B E"]:
+      if name == "label":
+        table = (self.num_classes + 1, self.width)
+        return nn.Embed(*table, embedding_init=normal, name="label_embedder")(y)
+      size = self.width, self.time_frequencies
+      return TimeEmbedder(*size, init=_scaled(1.0), name=f"{name}_embedder")(numbers[name])
+
+    return [
+      (
+        self.param(f"{name}_tokens", normal, (count, self.width))[None] + embedded(name)[:, None]
+      ).astype(self.dtype)
+      for name, count in self._token_counts().items()
+    ]
+
+  def _embed(self, z: Image) -> Tokens:
+    dense = nn.Dense(
+      self.width,
+      dtype=self.dtype,
+      kernel_init=nn.initializers.xavier_uniform(),
+      name="patch_embedder",
+    )
+    return dense(split_patches(z, self.patch_size))
+
+  def _layers(self, name: str, depth: int, x: Tokens, positions: Rotation) -> Tokens:
+    if not depth:
+      return x
+    layers = nn.scan(
+      rematerialised(Block, self.remat, scan=self.scan),
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      in_axes=nn.broadcast,
+      length=depth,
+      unroll=1 if self.scan else depth,
+    )
+    settings = self.num_heads, self.dtype, self.attention, self.constrain
+    return layers(*settings, name=name)(x, positions)[0]
+
+  def _head(self, name: str, x: Tokens, positions: Rotation, shape: tuple) -> Image:
+    """Blocks, and a projection of the image's tokens back to an image."""
+    x = self._layers(f"{name}_blocks", self.head_depth, x, positions)
+    x = x[:, sum(self._token_counts().values()) :]
+    x = nn.RMSNorm(epsilon=1e-6, dtype=self.dtype, name=f"{name}_norm")(x)
+    features = self.patch_size**2 * shape[-1]
+    zeros = nn.initializers.zeros
+    out = nn.Dense(features, dtype=self.dtype, kernel_init=zeros, name=f"{name}_out")(x)
+    return join_patches(out, self.patch_size, shape).astype(jnp.float32)
