@@ -288,7 +288,7 @@ def test_a_layout_is_of_one_network(layout, name, tmp_path):
 @pytest.mark.parametrize(
   ("changes", "words"),
   [
-    ({"model.name": "vit"}, ["model.name", "'dit', 'unet'", "'vit'"]),
+    ({"model.name": "vit"}, ["model.name", "'dit', 'in_context_dit', 'unet'", "'vit'"]),
     ({"model.name": "dit"}, ["augmented", "'dit'", "'unet'", "augmentation.probability"]),
     ({"augmentation.probability": 2.0}, ["augmentation.probability", "2.0"]),
     ({"autoencoder.path": "weights"}, ["augmentation", "latents", "autoencoder.path"]),

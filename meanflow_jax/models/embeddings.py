@@ -38,11 +38,11 @@ class TimeEmbedder(nn.Module):
 
   width: int
   frequencies: int
-  init: nn.initializers.Initializer = nn.initializers.normal(0.02)
+  kernel_init: nn.initializers.Initializer = nn.initializers.normal(0.02)
 
   @nn.compact
   def __call__(self, time: Time) -> Float[Array, "B E"]:
     """Embeds one time per row."""
     x = sinusoidal(time, self.frequencies)
-    x = nn.silu(nn.Dense(self.width, kernel_init=self.init, name="hidden")(x))
-    return nn.Dense(self.width, kernel_init=self.init, name="out")(x)
+    x = nn.silu(nn.Dense(self.width, kernel_init=self.kernel_init, name="hidden")(x))
+    return nn.Dense(self.width, kernel_init=self.kernel_init, name="out")(x)

@@ -226,7 +226,7 @@ class InContextDiT(nn.Module):
         table = (self.num_classes + 1, self.width)
         return nn.Embed(*table, embedding_init=normal, name="label_embedder")(y)
       size = self.width, self.time_frequencies
-      return TimeEmbedder(*size, init=_scaled(1.0), name=f"{name}_embedder")(numbers[name])
+      return TimeEmbedder(*size, kernel_init=_scaled(1.0), name=f"{name}_embedder")(numbers[name])
 
     return [
       (
