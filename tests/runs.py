@@ -1,6 +1,7 @@
 """Runs small enough to train in a second, in this process or in one of their own."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -12,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 import pytest
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -20,7 +22,7 @@ from configs import digits
 from meanflow_jax import build
 from meanflow_jax.runtime import processes
 from meanflow_jax.runtime.checkpoints import Checkpoints
-from meanflow_jax.runtime.mesh import make_mesh
+from meanflow_jax.runtime.mesh import global_batch, make_mesh
 from meanflow_jax.train_step import TrainState, TrainStep, from_items, to_items
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -62,6 +64,18 @@ def mesh_of(data: int, fsdp: int) -> Mesh:
 def train_step(config: ConfigDict, mesh: Mesh) -> TrainStep:
   network = build.network(config, mesh)
   return build.train_step(config, network, build.method(config), mesh)
+
+
+def stepped(config: ConfigDict, mesh: Mesh, count: int) -> TrainState:
+  """The state after some steps on random images, of gradient descent: Adam blows up rounding."""
+  rng, rows = np.random.default_rng(0), config.train.batch_size
+  made = dataclasses.replace(train_step(config, mesh), optimizer=optax.sgd(0.1))
+  state, jitted = made.new_state(mesh), made.jitted(mesh)
+  for _ in range(count):
+    image = rng.integers(256, size=(rows, *made.image_shape), dtype=np.uint8)
+    batch = {"image": image, "label": rng.integers(10, size=rows).astype(np.int32)}
+    state, _ = jitted(state, global_batch(mesh, batch))
+  return jax.tree.map(np.asarray, state)
 
 
 @contextlib.contextmanager

@@ -211,6 +211,22 @@ def test_some_arguments_may_stand_still(moving):
   assert error(ours, plainly) < 1e-5
 
 
+def test_a_jvp_may_stand_in_a_branch():
+  """Which is differentiated after it has been traced, with all that it closes over: labels, too."""
+  labels, x = jnp.array([0, 2, 1]), jnp.array([0.3, 0.5, 0.7])
+
+  def gradient(jvp: Callable) -> Any:
+    def loss(w: jax.Array, taken: jax.Array, y: jax.Array) -> jax.Array:
+      f = lambda x: jnp.sin(w[y] * x)
+      along = lambda: jvp(f, (x,), (x,))
+      value, slope = jax.lax.cond(taken, along, lambda: (f(x), x))
+      return jnp.sum((value - jax.lax.stop_gradient(slope)) ** 2)
+
+    return jax.jit(jax.grad(loss))(jnp.array([0.5, 1.0, 2.0]), jnp.bool_(True), labels)
+
+  np.testing.assert_allclose(gradient(forward_mode.jvp), gradient(jax.jvp), rtol=1e-6)
+
+
 def test_what_a_jvp_closes_over_has_gradients():
   """Also where it is rows of labels, or where nothing asks for the value's own gradient."""
   w, labels = jnp.arange(3.0), jnp.array([2, 0])

@@ -37,7 +37,7 @@ def jvp(
   Raises:
     NotImplementedError: later, if a gradient is taken through the derivative.
   """
-  f, closed_over = jax.closure_convert(f, *primals)
+  f, closed_over = _closed(f, *primals)
 
   def forward(
     closed_over: list, primals: tuple, tangents: tuple
@@ -62,6 +62,23 @@ def jvp(
     lambda *args: forward(*custom_vjp_primal_tree_values(args)), backward, symbolic_zeros=True
   )
   return both(closed_over, primals, tangents)
+
+
+def _closed(f: Callable[..., PyTree], *args: PyTree) -> tuple[Callable[..., PyTree], list[Array]]:
+  """A function of the same and of all that it closes over, and the latter.
+
+  `jax.closure_convert` leaves integers inside, which are of no use once a branch or loop around
+  them has been traced.
+  """
+  jaxpr, shape = jax.make_jaxpr(f, return_shape=True)(*args)
+  count = len(args)
+
+  def function(*args: PyTree) -> PyTree:
+    given, closed_over = jax.tree.leaves(args[:count]), args[count:]
+    values = jax.core.eval_jaxpr(jaxpr.jaxpr, closed_over, *given)
+    return jax.tree.unflatten(jax.tree.structure(shape), values)
+
+  return function, [jnp.asarray(const) for const in jaxpr.consts]
 
 
 def _instantiated(gradient: Array | SymbolicZero) -> Array:

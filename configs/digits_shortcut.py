@@ -1,0 +1,15 @@
+"""A shortcut model of class-conditional digits, 8x8: a long step is two of half its length.
+
+python main.py --config=configs/digits_shortcut.py --workdir=runs/digits_shortcut
+"""
+
+from ml_collections import ConfigDict
+
+from configs import digits
+
+
+def get_config() -> ConfigDict:
+  """The preset."""
+  config = digits.get_config()
+  config.method.name = "shortcut"
+  return config
