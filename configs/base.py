@@ -96,6 +96,7 @@ def get_config() -> ConfigDict:
   method.guidance = guidance = ConfigDict()
   guidance.omega, guidance.kappa = 1.0, 0.0
   guidance.t_start, guidance.t_end = 0.0, 1.0  # where in t guidance is on
+  guidance.from_step = 0  # of training, where guidance begins
   method.label_dropout = ConfigDict()
   method.label_dropout.rate = 0.1  # of all rows
   method.label_dropout.droppable = "equal"  # all rows, or only those with r = t ("equal")
@@ -119,6 +120,7 @@ def get_config() -> ConfigDict:
   train.batch_size = 256  # over all devices
   train.steps = 100_000
   train.accumulate = 1  # microbatches per step
+  train.start_from = ""  # folder of another run, whose newest average a new run starts from
   train.log_every = 100
   train.checkpoint_every = 5_000  # 0: only at the end
   train.sample_every = 5_000  # 0: only at the end

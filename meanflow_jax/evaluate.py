@@ -191,7 +191,7 @@ def rows_of(
   step: int,
   evaluator: Evaluator,
   figures: Mapping[Setting, Figures],
-  guidance: Mapping[str, float],
+  guidance: Mapping[str, Any],
 ) -> list[Row]:
   """The rows of the table, each with all that its figures depend on.
 

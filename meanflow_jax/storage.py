@@ -102,8 +102,7 @@ def trained_params(
   folder, opened = checkpoints_folder(config, workdir), checkpoints
   if which == "best":
     folder, opened = best_folder(config, workdir), best_checkpoint
-  shapes = jax.eval_shape(lambda: init_params(network, config.seed, build.image_shape(config)))
-  target = abstract(shapes, parameter_shardings(mesh, shapes))
+  target = _abstract_params(config, network, mesh)
   if folder.is_dir():
     with opened(config, workdir, read_only=True) as saved:
       restored = saved.restore(
@@ -116,6 +115,32 @@ def trained_params(
         _check_sampling(trained_with, config)
         return *restored, trained_with
   raise FileNotFoundError(f"no checkpoint in {folder}: train first")
+
+
+def starting_params(
+  config: ConfigDict, network: nn.Module, mesh: Mesh
+) -> tuple[int, dict[str, PyTree]]:
+  """The newest step of the run `config.train.start_from`, and its average `config.sample.ema`.
+
+  Raises:
+    FileNotFoundError: there is no checkpoint.
+    CheckpointError: there is one of another network, or only damaged ones.
+  """
+  other = config.copy_and_resolve_references()
+  other.checkpoint.path = ""
+  workdir, item = pathlib.Path(config.train.start_from), ema_item(config, config.sample.ema)
+  target = _abstract_params(config, network, mesh)
+  if checkpoints_folder(other, workdir).is_dir():
+    with checkpoints(other, workdir, read_only=True) as saved:
+      if restored := saved.restore({item: target}, identity=identity(config)):
+        step, items = restored
+        return step, items[item]
+  raise FileNotFoundError(f"train.start_from: no checkpoint in {workdir}")
+
+
+def _abstract_params(config: ConfigDict, network: nn.Module, mesh: Mesh) -> PyTree:
+  shapes = jax.eval_shape(lambda: init_params(network, config.seed, build.image_shape(config)))
+  return abstract(shapes, parameter_shardings(mesh, shapes))
 
 
 def _check_sampling(trained_with: dict[str, Any], config: ConfigDict) -> None:

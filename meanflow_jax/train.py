@@ -21,7 +21,7 @@ from meanflow_jax.diagnosis import RollBackError, Scene, Spikes
 from meanflow_jax.outputs import Outputs
 from meanflow_jax.runtime.checkpoints import Checkpoints
 from meanflow_jax.runtime.interrupts import StoppedError, StopRequest
-from meanflow_jax.runtime.mesh import global_batch, local_rows, replicate
+from meanflow_jax.runtime.mesh import global_batch, local_rows, replicate, shardings_of
 from meanflow_jax.runtime.reporting import Report, Watch, open_writer, unwatched
 from meanflow_jax.train_step import (
   Batch,
@@ -164,13 +164,31 @@ def restore_or_init(
   targets = to_items(train_step.abstract_state(mesh))
   restored = checkpoints.restore(targets, identity=storage.identity(config), optional={"guard"})
   if restored is None:
-    return train_step.new_state(mesh)
+    state = train_step.new_state(mesh)
+    return started_from(config, train_step, mesh, state) if config.train.start_from else state
   step, items = restored
   if step > config.train.steps:
     raise build.UserError(
       f"the checkpoint is at step {step}, beyond train.steps {config.train.steps}"
     )
   return state_of(train_step, mesh, checkpoints, step, items)
+
+
+def started_from(
+  config: ConfigDict, train_step: TrainStep, mesh: Mesh, state: TrainState
+) -> TrainState:
+  """A new state with the parameters, and averages, of another run.
+
+  Raises:
+    CheckpointError: that run is of another network, or has no intact checkpoint.
+    UserError: there is none.
+  """
+  with build.explaining_mistakes():
+    step, params = storage.starting_params(config, train_step.network, mesh)
+  if jax.process_index() == 0:
+    print(f"starting from step {step} of {config.train.start_from}", flush=True)
+  averages = jax.jit(train_step.averages.init, out_shardings=shardings_of(state.ema))
+  return state.replace(params=params, ema=averages(params))
 
 
 def roll_back(

@@ -150,6 +150,27 @@ def test_the_guided_flow_has_no_error(omega, kappa, droppable):
     assert error((*means, null)) > 1e-3
 
 
+@pytest.mark.parametrize("step", [0, 4, 5, 6])
+def test_guidance_may_begin_later(step):
+  """Before, the objective is that without; so one step of training is compiled for both."""
+  guidance = {"omega": 0.4, "kappa": 0.5}
+  make = lambda **guidance: tiny.meanflow(equal_fraction=0.5, dropout=0.3, guidance=guidance)
+  staged, (x, y) = make(**guidance, from_step=5), data()
+  draws = staged.draw(KEY, x, y, jnp.int32(step))
+  assert jnp.all(draws.guided == (step >= 5))
+  same = make(**guidance if step >= 5 else {})
+
+  def gradient(method: MeanFlow, draws: Draws) -> tuple:
+    loss = lambda params: method.objective(tiny.mlp(params), x, y, draws)[0]
+    return jax.value_and_grad(loss)(tiny.mlp_params(pixels=16, labels=4))
+
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
+    gradient(staged, draws),
+    gradient(same, draws.replace(guided=None)),
+  )
+
+
 @pytest.mark.parametrize("fraction", [0.0, 0.5, 1.0])
 def test_the_true_flow_is_where_the_expected_gradient_vanishes(fraction):
   """Of a flow a u, scaled by a number: at a = 1 for random data and noise, and not at 0.8."""

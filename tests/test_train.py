@@ -233,6 +233,46 @@ def test_flow_matching_and_meanflow_are_not_taken_for_each_other(
   assert not list(tmp_path.iterdir())
 
 
+FINE = {
+  "train.steps": 2,
+  "train.checkpoint_every": 1,
+  "optimizer.learning_rate": 1e-9,
+  "optimizer.warmup_steps": 0,
+  "method.guidance.from_step": 1,
+}
+
+
+def test_a_run_starts_from_the_average_of_another(
+  whole: Whole, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+  """Over any devices, once: what it has saved itself comes first."""
+  config = tiny(FINE | {"train.start_from": str(whole.workdir)})
+  with devices(*whole.mesh):
+    train.run(config, tmp_path / "run")
+  assert f"starting from step 8 of {whole.workdir}" in capsys.readouterr().out
+  average = saved_state(whole.workdir, 8).ema["0.999"]
+  for step in (1, 2):
+    state = saved_state(tmp_path / "run", step, config)
+    assert_close(state.params, average, rtol=1e-6)
+    assert_close(state.ema["0.999"], average, rtol=1e-6)
+  config.train.update(steps=3, start_from="nowhere")
+  with devices(*whole.mesh):
+    train.run(config, tmp_path / "run")
+  assert logged(tmp_path / "run")[-1]["step"] == 3
+
+
+def test_where_there_is_nothing_to_start_from_nothing_starts(tmp_path: pathlib.Path) -> None:
+  with pytest.raises(build.UserError, match=r"train.start_from: no checkpoint in .*nowhere"):
+    train.run(tiny({"train.start_from": str(tmp_path / "nowhere")}), tmp_path / "run")
+
+
+@on_many
+def test_a_run_starts_from_no_other_network(whole: Whole, tmp_path: pathlib.Path) -> None:
+  config = tiny({"train.start_from": str(whole.workdir), "model.width": 32})
+  with devices(*whole.mesh), pytest.raises(build.UserError, match="width"):
+    train.run(config, tmp_path / "run")
+
+
 @on_many
 def test_evaluation_finds_the_figures_of_training(
   whole: Whole, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]

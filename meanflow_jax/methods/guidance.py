@@ -30,14 +30,22 @@ class Guidance:
 
   It holds for t in [t_start, t_end]; outside, omega = 1 and kappa = 0. The effective guidance
   scale is omega / (1 - kappa); with kappa = 0 this is eq. 19 of the paper.
+
+  Attributes:
+    omega, kappa: of the formula.
+    t_start, t_end: where in t it holds.
+    from_step: of training: before it no target is guided.
   """
 
   omega: float
   kappa: float
   t_start: float
   t_end: float
+  from_step: int = 0
 
   def __post_init__(self):
+    if self.from_step < 0:
+      raise ValueError(f"guidance from_step must be 0 or more, got {self.from_step}")
     if not 0 <= self.kappa < 1:
       raise ValueError(f"guidance kappa must lie in [0, 1), got {self.kappa}")
     if not 0 <= self.t_start <= self.t_end <= 1:

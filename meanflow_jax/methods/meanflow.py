@@ -34,13 +34,14 @@ EqualRows = Float[Array, "A H W C"]  # images of the A rows with r = t alone
 
 
 @no_type_check  # what jax.tree.map puts in an array's place is no array
-class Draws(flax.struct.PyTreeNode):
+class Draws(flax.struct.PyTreeNode, kw_only=True):
   """All randomness of one step.
 
   Attributes:
     noise: e ~ N(0, I).
     r, t: the two times of each row.
     dropped: the rows that take the null class and the unguided target.
+    guided: whether guidance has begun, the same on all rows; None: it always has.
     rows: the rows with r = t come first in each group; static.
   """
 
@@ -48,6 +49,7 @@ class Draws(flax.struct.PyTreeNode):
   r: Time
   t: Time
   dropped: Mask
+  guided: Mask | None = None
   rows: RowGroups = flax.struct.field(pytree_node=False)
 
 
@@ -164,14 +166,16 @@ class MeanFlow(Method):
     return SamplingGuidance(omega, t_min, t_max, self.null_label)
 
   def draw(self, key: PRNGKey, x: Image, y: Label, step: Step = 0) -> Draws:
-    """Draws all random numbers of one step for data x with labels y; all steps are alike."""
+    """Draws all random numbers of one step for data x with labels y, and whether it is guided."""
     key_noise, key_times, key_dropout = jax.random.split(key, 3)
     r, t = self.times(key_times, x.shape[0])
+    begins = self.guidance.from_step
     return Draws(
       noise=draw_noise(key_noise, x),
       r=r,
       t=t,
       dropped=self.label_dropout(key_dropout, y, self.times.rows),
+      guided=jnp.full(t.shape, step >= begins) if begins else None,
       rows=self.times.rows,
     )
 
@@ -228,13 +232,17 @@ class MeanFlow(Method):
       z: the noised data z_t.
       v: the conditional velocity e - x.
       y: the labels before dropout.
-      draws: the times and the rows that dropped their label.
+      draws: the times, the rows that dropped their label, and whether guidance has begun.
       u_equal: u(z, t, t | y) of the rows with r = t, which the loss needs anyway.
     """
     if not self.guidance.is_on:
       return v
-    v_c, v_u = self._guidance_velocities(velocity_fn, z, y, draws, stop_gradient(u_equal))
-    return jnp.where(per_row(draws.dropped), v, self.guidance(v, v_c, v_u, draws.t))
+
+    def guided() -> Image:
+      v_c, v_u = self._guidance_velocities(velocity_fn, z, y, draws, stop_gradient(u_equal))
+      return jnp.where(per_row(draws.dropped), v, self.guidance(v, v_c, v_u, draws.t))
+
+    return guided() if draws.guided is None else jax.lax.cond(draws.guided[0], guided, lambda: v)
 
   def _guidance_velocities(
     self, velocity_fn: VelocityFn, z: Image, y: Label, draws: Draws, u_equal: EqualRows
