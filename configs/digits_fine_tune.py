@@ -1,7 +1,7 @@
 """MeanFlow on digits from a flow-matching model: without guidance first, then with.
 
-  python main.py --config=configs/digits_flow.py --workdir=runs/digits_flow
-  python main.py --config=configs/digits_fine_tune.py --workdir=runs/digits_fine_tune
+python main.py --config=configs/digits_flow.py --workdir=runs/digits_flow
+python main.py --config=configs/digits_fine_tune.py --workdir=runs/digits_fine_tune
 """
 
 from ml_collections import ConfigDict

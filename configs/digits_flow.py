@@ -1,6 +1,6 @@
 """Flow matching on class-conditional digits, 8x8: what configs/digits_fine_tune.py starts from.
 
-  python main.py --config=configs/digits_flow.py --workdir=runs/digits_flow
+python main.py --config=configs/digits_flow.py --workdir=runs/digits_flow
 """
 
 from ml_collections import ConfigDict
