@@ -16,6 +16,7 @@ WORKDIR = flags.DEFINE_string("workdir", "runs/fine_tuning", "Where the runs go.
 OUT = flags.DEFINE_string("out", "runs/fine_tuning.png", "The picture.")
 EVERY = 95  # steps between figures
 HALF = 950
+TICKS = (0.5, 1, 2, 5)
 
 Curve = list[tuple[int, float]]
 
@@ -49,7 +50,8 @@ def draw(lines: dict[str, Curve]) -> None:
   for name, points in lines.items():
     axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
   axes.axvspan(0, HALF, color="C1", alpha=0.08, label="flow matching")
-  axes.set_yscale("log")
+  axes.set(yscale="log", yticks=TICKS, yticklabels=TICKS)
+  axes.minorticks_off()
   axes.grid(alpha=0.3)
   axes.legend(fontsize="small")
   pathlib.Path(OUT.value).parent.mkdir(parents=True, exist_ok=True)
