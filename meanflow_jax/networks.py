@@ -85,7 +85,7 @@ def _transformer(config: ConfigDict, mesh: Mesh, told: int) -> DiT | InContextDi
   fused = _fused_attention(config, mesh, made.tokens(data.image_size))
   if fused is None:
     return made
-  return made.clone(attention=fused.packed if isinstance(made, DiT) else fused)
+  return made.clone(attention=fused.packed if isinstance(made, DiT) else fused.turned)
 
 
 def _fused_attention(config: ConfigDict, mesh: Mesh, tokens: int) -> attention.Fused | None:

@@ -10,7 +10,7 @@ import pytest
 from configs import imagenet_imf
 from meanflow_jax import build
 from meanflow_jax.arrays import GuidanceScale
-from meanflow_jax.kernels import forward_mode, plain
+from meanflow_jax.kernels import forward_mode, plain, rotary
 from meanflow_jax.kernels.attention import Fused
 from meanflow_jax.models import in_context_dit
 from meanflow_jax.models.in_context_dit import InContextDiT
@@ -50,9 +50,7 @@ def applied(network: InContextDiT, params: Any, *args: Any, **more: Any) -> Any:
 def test_scores_depend_on_the_distance_of_positions_alone():
   rng = np.random.default_rng(0)
   q, k = (jnp.asarray(rng.normal(size=(1, 1, 2, 8)), jnp.float32) for _ in "qk")
-  everywhere = lambda x: in_context_dit.rotate(
-    jnp.broadcast_to(x, (1, 12, 2, 8)), in_context_dit.rotation(12, 8)
-  )
+  everywhere = lambda x: rotary.turn(jnp.broadcast_to(x, (1, 12, 2, 8)))
   scores = np.einsum("bnkd,bmkd->kmn", everywhere(q), everywhere(k))
   for distance in range(-11, 12):
     along = np.diagonal(scores, distance, axis1=1, axis2=2)
@@ -62,7 +60,7 @@ def test_scores_depend_on_the_distance_of_positions_alone():
 
 def test_the_first_position_is_not_turned_and_no_length_changes():
   x = jax.random.normal(jax.random.key(0), (2, 9, 3, 4))
-  turned = in_context_dit.rotate(x, in_context_dit.rotation(9, 4))
+  turned = rotary.turn(x)
   np.testing.assert_allclose(turned[:, 0], x[:, 0], atol=1e-6)
   np.testing.assert_allclose(
     jnp.linalg.norm(turned, axis=-1), jnp.linalg.norm(x, axis=-1), rtol=1e-5
@@ -227,7 +225,7 @@ def test_fused_attention_changes_no_number(remat):
     params = tiny.random_params(tiny.in_context_dit(), IMAGE)
     return jax.jit(jax.grad(loss, has_aux=True))(params)
 
-  ours, plainly = everything(attention=Fused(interpret=True)), everything()
+  ours, plainly = everything(attention=Fused(interpret=True).turned), everything()
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4), ours, plainly)
 
 
@@ -235,8 +233,8 @@ def test_fused_attention_changes_no_number(remat):
 def test_a_network_takes_the_kernel_that_its_mesh_can_run():
   config = imagenet_imf.get_config()
   here, there = mesh_of(1, 1), make_mesh(1, 1, tpu_devices("v5p:2x2x1")[:1])
-  assert build.network(config, here).attention is plain.attention
-  assert build.network(config, there).attention == Fused(there)
+  assert build.network(config, here).attention is plain.turned
+  assert build.network(config, there).attention.__self__ == Fused(there)
 
 
 def test_computation_in_bfloat16_is_near():

@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 from meanflow_jax.kernels import pallas_gpu, pallas_tpu, plain
 from meanflow_jax.kernels.forward_mode import differentiable
 from meanflow_jax.kernels.plain import Heads, Packed
+from meanflow_jax.kernels.rotary import Scales
 
 CHOICES = ("auto", "plain", "pallas")
 KERNELS = {"tpu": pallas_tpu, "cuda": pallas_gpu}
@@ -96,6 +97,26 @@ class Fused:
     if takes_packed(tokens, heads, size, str(qkv.dtype)):
       return self._apply(self._kernels(heads, packed=True), qkv)
     return self._apply(self._kernels(heads, packed=False), *jnp.split(qkv, 3, axis=-1))
+
+  def turned(self, qkv: Packed, heads: int, scales: Scales) -> Packed:
+    """The same, of queries and keys that are normalised and turned first, as `rotary` says.
+
+    Where a kernel does that too, in the chip's own memory, nothing of it is written or kept.
+
+    Args:
+      qkv: [B, N, 3 K D].
+      heads: K.
+      scales: [B, 2, D].
+
+    Returns:
+      [B, N, K D].
+    """
+    batch, tokens, columns = qkv.shape
+    size, takes_turned = columns // (3 * heads), KERNELS[self.platform].takes_turned
+    if takes_turned(tokens, heads, size, str(qkv.dtype)):
+      return self._apply(pallas_tpu.TurnedKernels(heads, True, self.interpret), qkv, scales)
+    mixed = self(*plain.turned_heads(qkv, heads, scales))
+    return mixed.reshape(batch, tokens, columns // 3)
 
   def _kernels(self, heads: int, *, packed: bool) -> Kernels:
     return KERNELS[self.platform].Kernels(heads, packed, self.interpret)

@@ -69,6 +69,12 @@ def takes_packed(tokens: int, heads: int, size: int, dtype: str) -> bool:
   return True
 
 
+def takes_turned(tokens: int, heads: int, size: int, dtype: str) -> bool:
+  """Whether the kernels normalise and turn queries and keys: they do not."""
+  del tokens, heads, size, dtype
+  return False
+
+
 class Kernels(Layout):
   """The three kernels for sequences of `heads` heads, in one layout of their arguments."""
 

@@ -5,6 +5,9 @@ softmax anew instead of reading its statistics. Each kernel takes one row of the
 heads at a time, reads every array once and writes every result once. Scores are held transposed,
 [keys, queries]: maxima and sums over keys are then sums of whole registers, and what belongs to a
 query is a row that is broadcast for nothing.
+
+Where queries and keys are normalised and turned first (`rotary`), that is done with tokens last,
+[heads, features, tokens]: sums over features, and their halves, are then whole registers, too.
 """
 
 import dataclasses
@@ -18,17 +21,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
+from meanflow_jax.kernels import rotary
 from meanflow_jax.kernels.plain import Layout, Packed
+from meanflow_jax.kernels.rotary import Scales
 
 Part = tuple[Packed, int]  # an array and which third of it
 SpecOf = Callable[[int], pl.BlockSpec]  # of a third of an array
 
 DTYPES = ("float32", "bfloat16")
-LANES = 128
+LANES, SUBLANES = 128, 8
 _MOST_QUERIES = 512  # at a time
 _MOST_SCORES = 2**18  # queries x keys
 _LARGEST_BLOCK = 2**20  # bytes that a step sees of one array, where heads can be grouped so
 _VMEM = 64 * 2**20
+_TURNING = 12  # operations for each number that is normalised and turned, or turned back
 _NT = (((1,), (1,)), ((), ()))  # a b^T
 _NN = (((1,), (0,)), ((), ()))  # a b
 _TN = (((0,), (0,)), ((), ()))  # a^T b
@@ -52,6 +58,16 @@ def takes_packed(tokens: int, heads: int, size: int, dtype: str) -> bool:
   """
   block = _Block.of(tokens, heads, size, dtype)
   return block.columns % LANES == 0 and block.fits(packed=True)
+
+
+def takes_turned(tokens: int, heads: int, size: int, dtype: str) -> bool:
+  """Whether the kernels normalise and turn queries and keys, which they take in one array.
+
+  The halves of a head must be whole tiles.
+  """
+  if size % (2 * SUBLANES) or not takes_packed(tokens, heads, size, dtype):
+    return False
+  return _Block.of(tokens, heads, size, dtype).fits(packed=True, turned=True)
 
 
 class Kernels(Layout):
@@ -88,6 +104,7 @@ class Kernels(Layout):
     *,
     outputs: int = 0,
     gradients: Sequence[Packed] = (),
+    scales: Sequence[Scales] = (),
   ) -> Sequence[Packed]:
     """Runs a kernel over rows, groups of heads and blocks of queries.
 
@@ -98,6 +115,7 @@ class Kernels(Layout):
       by_key: of which it sees all tokens.
       outputs: results for the block of queries.
       gradients: arguments of which the results are gradients instead.
+      scales: what queries and keys are scaled by, if they are turned, and its tangent.
     """
     first = by_query[0][0]
     batch, tokens, _ = first.shape
@@ -106,20 +124,34 @@ class Kernels(Layout):
     block = _Block.of(tokens, self.heads, size, str(first.dtype))
     query, key = block.specs()
     arguments = [x for x, _ in (*by_query, *by_key)]
+    specs = [query(part) for _, part in by_query] + [key(part) for _, part in by_key]
+    scratch = [pltpu.VMEM((block.keys, block.columns), jnp.float32)] * 2 * bool(gradients)
+    if scales:
+      table = jnp.asarray(rotary.table(block.keys, size))
+      arguments += [*scales, table, table]
+      specs += [block.scales(size)] * len(scales) + block.tables(size)
+      rows = block.queries, block.keys
+      copies = [pltpu.VMEM((1, n, block.columns), first.dtype) for n in rows]
+      scratch = copies * len(scales) + scratch
     results = [jax.ShapeDtypeStruct((batch, tokens, width), first.dtype)] * outputs
     results += [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in gradients]
-    last = "arbitrary" if gradients else "parallel"  # gradients of keys are sums over queries
+    # Gradients of keys are sums over queries, those of scales over heads, too; and keys are turned
+    # once for all queries.
+    scores = batch * self.heads * tokens**2
+    turned = 2 * batch * tokens * width * (len(scales) + bool(gradients and scales))
+    groups = "arbitrary" if gradients else "parallel"
+    blocks = "arbitrary" if gradients or scales else "parallel"
     return pl.pallas_call(
       functools.partial(kernel, size=size, tokens=tokens),
       grid=(batch, width // block.columns, block.keys // block.queries),
-      in_specs=[query(part) for _, part in by_query] + [key(part) for _, part in by_key],
+      in_specs=specs,
       out_specs=self._gradient_specs(block) if gradients else [query(0)] * outputs,
       out_shape=results,
-      scratch_shapes=[pltpu.VMEM((block.keys, block.columns), jnp.float32)] * 2 * bool(gradients),
+      scratch_shapes=scratch,
       compiler_params=pltpu.CompilerParams(
-        dimension_semantics=("parallel", last, last), vmem_limit_bytes=_VMEM
+        dimension_semantics=("parallel", groups, blocks), vmem_limit_bytes=_VMEM
       ),
-      cost_estimate=_cost(products * size, batch * self.heads * tokens**2, arguments, results),
+      cost_estimate=_cost(products * size, scores, turned, arguments, results),
       interpret=self.interpret,
       name=f"attention{kernel.__name__}",
     )(*arguments)
@@ -131,19 +163,64 @@ class Kernels(Layout):
     return [row] if self.packed else [query(0), key(0), key(0)]
 
 
+class TurnedKernels(Kernels):
+  """The same for queries and keys that are normalised and turned first, all in one array.
+
+  Their second argument is what they are scaled by [B, 2, D].
+  """
+
+  def forward(self, qkv: Packed, scales: Scales) -> Packed:
+    """Attention [B, N, K D]."""
+    q, k, v = self._parts([qkv])
+    return self._call(_turned_forward, 2, (q,), (k, v), outputs=1, scales=[scales])[0]
+
+  def tangent(
+    self, qkv: Packed, scales: Scales, qkv_along: Packed, scales_along: Scales
+  ) -> tuple[Packed, Packed]:
+    """Attention and its derivative, from arguments and their tangents."""
+    (q, k, v), (dq, dk, dv) = self._parts([qkv]), self._parts([qkv_along])
+    out, tangent = self._call(
+      _turned_tangent,
+      6,
+      (q, dq),
+      (k, v, dk, dv),
+      outputs=2,
+      scales=[scales, scales_along],
+    )
+    return out, tangent
+
+  def backward(self, qkv: Packed, scales: Scales, do: Packed) -> tuple[Packed, Scales]:
+    """The gradients of the arguments, from arguments and the gradient of attention."""
+    q, k, v = self._parts([qkv])
+    of_qkv, of_scales = self._call(
+      _turned_backward, 5, (q, (do, 0)), (k, v), gradients=[qkv, scales], scales=[scales]
+    )
+    return of_qkv, of_scales
+
+  def _gradient_specs(self, block: "_Block") -> list[pl.BlockSpec]:
+    """A whole row of each."""
+    size = block.width // self.heads
+    return [*super()._gradient_specs(block), block.scales(size)]
+
+
 def _cost(
-  columns: int, scores: int, arguments: Sequence[Packed], results: Sequence[jax.ShapeDtypeStruct]
+  columns: int,
+  scores: int,
+  turned: int,
+  arguments: Sequence[Array],
+  results: Sequence[jax.ShapeDtypeStruct],
 ) -> pl.CostEstimate:
   """What a kernel tells the compiler.
 
   A product [N, D] x [D, N] or [N, N] x [N, D] is 2 N^2 D operations: 2 D for each score, and
   `columns` is D times the number of products. Of what else is done per score the one exponential
   is counted. Blocks of keys stay where they are while those of queries pass, so each argument,
-  which may serve in several places, is read once and each result is written once.
+  which may serve in several places, is read once and each result is written once. `turned` numbers
+  are normalised and turned, forth or back.
   """
   read = {id(x): x for x in arguments}.values()
   return pl.CostEstimate(
-    flops=2 * columns * scores,
+    flops=2 * columns * scores + _TURNING * turned,
     transcendentals=scores,
     bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*read, *results)),
   )
@@ -178,10 +255,11 @@ class _Block:
     group = max(small, default=min(aligned, default=heads))
     return cls(keys, queries, group * size, heads * size, itemsize)
 
-  def fits(self, *, packed: bool) -> bool:
+  def fits(self, *, packed: bool, turned: bool = False) -> bool:
     """Whether all that the kernels hold at once fits the chip's own memory, about.
 
-    Arguments and results lie there twice, so that one is copied while the other is in use.
+    Arguments and results lie there twice, so that one is copied while the other is in use. What is
+    turned lies there again, next to a few float32 forms of it.
     """
     columns = pl.cdiv(self.columns, LANES) * LANES
     keys, queries = self.keys * columns, self.queries * columns
@@ -189,6 +267,7 @@ class _Block:
     tangent = 2 * self.itemsize * (4 * keys + 4 * queries)
     backward = 2 * self.itemsize * (2 * keys + 2 * queries + gradients) + 2 * 4 * keys
     scores = 6 * 4 * self.keys * self.queries
+    scores += (2 * self.itemsize + 4 * 4) * (keys + queries) * turned
     return max(tangent, backward) + scores + 2 * 4 * queries <= _VMEM
 
   def specs(self) -> tuple[SpecOf, SpecOf]:
@@ -200,6 +279,18 @@ class _Block:
       )
     )
     return spec(self.queries, lambda i: i), spec(self.keys, lambda i: 0)
+
+  def scales(self, size: int) -> pl.BlockSpec:
+    """How a step sees the scales of its row."""
+    return pl.BlockSpec((1, 2, size), lambda b, g, i: (b, 0, 0))
+
+  def tables(self, size: int) -> list[pl.BlockSpec]:
+    """How a step sees the angles of its queries, and of all keys."""
+    shape = 2, size // 2
+    return [
+      pl.BlockSpec((*shape, self.queries), lambda b, g, i: (0, 0, i)),
+      pl.BlockSpec((*shape, self.keys), lambda b, g, i: (0, 0, 0)),
+    ]
 
 
 def _forward(q_ref, k_ref, v_ref, o_ref, *, size: int, tokens: int) -> None:
@@ -233,10 +324,22 @@ def _tangent(
 def _backward(q_ref, do_ref, k_ref, v_ref, *refs, size: int, tokens: int) -> None:
   """dV = P^T dO, dS = P (dP - rowsum(P dP)) with dP = dO V^T, dQ = dS K, dK = dS^T Q."""
   *gradients, dk_sum, dv_sum = refs
-  step, steps = pl.program_id(2), pl.num_programs(2)
   dq_ref, dk_ref, dv_ref = _gradient_refs(gradients, q_ref.shape)
+  outputs = _accumulate(q_ref, do_ref, k_ref, v_ref, dk_sum, dv_sum, size, tokens)
+  dq_ref[...] = _by_query(outputs, dq_ref)
 
-  @pl.when(step == 0)
+  @pl.when(_is_last_block())
+  def _finish() -> None:
+    dk_ref[...] = dk_sum[...].astype(dk_ref.dtype)
+    dv_ref[...] = dv_sum[...].astype(dv_ref.dtype)
+
+
+def _accumulate(
+  q_ref, do_ref, k_ref, v_ref, dk_sum, dv_sum, size: int, tokens: int
+) -> list[Array]:
+  """Adds to the gradients of keys and values; those of queries [D, queries], of each head."""
+
+  @pl.when(pl.program_id(2) == 0)
   def _start() -> None:
     dk_sum[...] = jnp.zeros_like(dk_sum)
     dv_sum[...] = jnp.zeros_like(dv_sum)
@@ -253,12 +356,11 @@ def _backward(q_ref, do_ref, k_ref, v_ref, *refs, size: int, tokens: int) -> Non
     dv_sum[:, head] += _dot(p.astype(do.dtype), do, _NN)
     dk_sum[:, head] += _dot(ds, q, _NN)
     outputs.append(_dot(k, ds, _TN))
-  dq_ref[...] = _by_query(outputs, dq_ref)
+  return outputs
 
-  @pl.when(step == steps - 1)
-  def _finish() -> None:
-    dk_ref[...] = dk_sum[...].astype(dk_ref.dtype)
-    dv_ref[...] = dv_sum[...].astype(dv_ref.dtype)
+
+def _is_last_block() -> Array:
+  return pl.program_id(2) == pl.num_programs(2) - 1
 
 
 def _gradient_refs(refs: Sequence, block: tuple[int, ...]) -> list:
@@ -312,3 +414,184 @@ def _by_query(heads: list[Array], ref) -> Array:
 
 def _dot(a: Array, b: Array, dimensions: tuple) -> Array:
   return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Turning:
+  """Queries or keys of some heads that are normalised, scaled and turned, with tokens last.
+
+  With x^ = x / rms(x) that is R (s x^), R being the rotation. The derivative R (s A x' + s' x^) has
+  A x' = (x' - x^ mean(x^ x')) / rms(x), which is symmetric: gradients g come back as A (s R^T g).
+
+  Attributes:
+    hat: x^ [heads, D, tokens].
+    inverse: 1 / rms(x) [heads, 1, tokens].
+    scale: s [1, D, 1].
+    angles: their cosines and sines [2, 1, d, tokens].
+  """
+
+  hat: Array
+  inverse: Array
+  scale: Array
+  angles: Array
+
+  @classmethod
+  def of(cls, x: Array, scale: Array, angles: Array) -> "_Turning":
+    """Of x [tokens, columns], a scale [1, D] and angles [2, d, tokens]."""
+    x = _by_feature(x, scale.shape[1])
+    inverse = jax.lax.rsqrt(jnp.mean(x * x, axis=1, keepdims=True) + rotary.EPSILON)
+    return cls(x * inverse, inverse, _column(scale), angles[:, None])
+
+  def value(self) -> Array:
+    """[tokens, columns]."""
+    return _by_token(self._turned(self.scale * self.hat))
+
+  def along(self, dx: Array, dscale: Array) -> Array:
+    """The value's derivative, from tangents of x and of the scale."""
+    moved = self.scale * self._normalised(_by_feature(dx, self.hat.shape[1]))
+    return _by_token(self._turned(moved + _column(dscale) * self.hat))
+
+  def back(self, gradient: Array) -> tuple[Array, Array]:
+    """Gradients of x and of the scale, from that of the value [columns, tokens]."""
+    cos, sin = self.angles
+    first, second = _halves(gradient.reshape(self.hat.shape))
+    gradient = jnp.concatenate([first * cos + second * sin, second * cos - first * sin], axis=1)
+    of_scale = jnp.sum(jnp.sum(gradient * self.hat, axis=0), axis=1, keepdims=True).T
+    return _by_token(self._normalised(self.scale * gradient)), of_scale
+
+  def _normalised(self, x: Array) -> Array:
+    return self.inverse * (x - self.hat * jnp.mean(self.hat * x, axis=1, keepdims=True))
+
+  def _turned(self, x: Array) -> Array:
+    cos, sin = self.angles
+    first, second = _halves(x)
+    return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=1)
+
+
+def _turned_forward(
+  q_ref, k_ref, v_ref, scales_ref, at_queries, at_keys, o_ref, q_s, k_s, *, size: int, tokens: int
+) -> None:
+  for heads in _whole_tiles(q_ref, size):
+    turning = _Turning.of(_queries(q_ref, heads, tokens), scales_ref[0, :1], at_queries[...])
+    q_s[0, :, heads] = turning.value().astype(q_s.dtype)
+
+  @pl.when(pl.program_id(2) == 0)
+  def _turn_keys() -> None:
+    for heads in _whole_tiles(k_ref, size):
+      turning = _Turning.of(_keys(k_ref, heads, tokens), scales_ref[0, 1:], at_keys[...])
+      k_s[0, :, heads] = turning.value().astype(k_s.dtype)
+
+  _forward(q_s, k_s, v_ref, o_ref, size=size, tokens=tokens)
+
+
+def _turned_tangent(
+  q_ref,
+  dq_ref,
+  k_ref,
+  v_ref,
+  dk_ref,
+  dv_ref,
+  scales_ref,
+  along_ref,
+  at_queries,
+  at_keys,
+  o_ref,
+  t_ref,
+  q_s,
+  k_s,
+  dq_s,
+  dk_s,
+  *,
+  size: int,
+  tokens: int,
+) -> None:
+  for heads in _whole_tiles(q_ref, size):
+    turning = _Turning.of(_queries(q_ref, heads, tokens), scales_ref[0, :1], at_queries[...])
+    along = turning.along(_queries(dq_ref, heads, tokens), along_ref[0, :1])
+    q_s[0, :, heads] = turning.value().astype(q_s.dtype)
+    dq_s[0, :, heads] = along.astype(dq_s.dtype)
+
+  @pl.when(pl.program_id(2) == 0)
+  def _turn_keys() -> None:
+    for heads in _whole_tiles(k_ref, size):
+      turning = _Turning.of(_keys(k_ref, heads, tokens), scales_ref[0, 1:], at_keys[...])
+      along = turning.along(_keys(dk_ref, heads, tokens), along_ref[0, 1:])
+      k_s[0, :, heads] = turning.value().astype(k_s.dtype)
+      dk_s[0, :, heads] = along.astype(dk_s.dtype)
+
+  _tangent(q_s, dq_s, k_s, v_ref, dk_s, dv_ref, o_ref, t_ref, size=size, tokens=tokens)
+
+
+def _turned_backward(
+  q_ref,
+  do_ref,
+  k_ref,
+  v_ref,
+  scales_ref,
+  at_queries,
+  at_keys,
+  gradient_ref,
+  of_scales_ref,
+  q_s,
+  k_s,
+  dk_sum,
+  dv_sum,
+  *,
+  size: int,
+  tokens: int,
+) -> None:
+  dq_ref, dk_ref, dv_ref = _gradient_refs([gradient_ref], q_ref.shape)
+  tiles = _whole_tiles(q_ref, size)
+  of_queries = lambda at: _Turning.of(
+    _queries(q_ref, at, tokens), scales_ref[0, :1], at_queries[...]
+  )
+  of_keys = lambda at: _Turning.of(_keys(k_ref, at, tokens), scales_ref[0, 1:], at_keys[...])
+  for heads in tiles:
+    q_s[0, :, heads] = of_queries(heads).value().astype(q_s.dtype)
+
+  @pl.when(pl.program_id(2) == 0)
+  def _turn_keys() -> None:
+    for heads in tiles:
+      k_s[0, :, heads] = of_keys(heads).value().astype(k_s.dtype)
+
+  @pl.when((pl.program_id(1) == 0) & (pl.program_id(2) == 0))
+  def _start() -> None:
+    of_scales_ref[...] = jnp.zeros_like(of_scales_ref)
+
+  outputs = _accumulate(q_s, do_ref, k_s, v_ref, dk_sum, dv_sum, size, tokens)
+  outputs = jnp.concatenate(outputs, axis=0)
+  for heads in tiles:
+    dq, of_scale = of_queries(heads).back(outputs[heads])
+    dq_ref[:, heads] = dq.astype(dq_ref.dtype)
+    of_scales_ref[0, :1] += of_scale
+
+  @pl.when(_is_last_block())
+  def _finish() -> None:
+    for heads in tiles:
+      dk, of_scale = of_keys(heads).back(dk_sum[:, heads].T)
+      dk_ref[:, heads] = dk.astype(dk_ref.dtype)
+      of_scales_ref[0, 1:] += of_scale
+    dv_ref[...] = dv_sum[...].astype(dv_ref.dtype)
+
+
+def _whole_tiles(ref, size: int) -> list[slice]:
+  """The columns of the fewest heads that end where lanes do, and of the next."""
+  return _heads(ref, math.lcm(size, LANES))
+
+
+def _halves(x: Array) -> tuple[Array, Array]:
+  half = x.shape[1] // 2
+  return x[:, :half], x[:, half:]
+
+
+def _by_feature(x: Array, size: int) -> Array:
+  """From [tokens, columns] to float32 [heads, D, tokens]."""
+  return x.astype(jnp.float32).T.reshape(-1, size, x.shape[0])
+
+
+def _by_token(x: Array) -> Array:
+  return x.reshape(-1, x.shape[-1]).T
+
+
+def _column(row: Array) -> Array:
+  return row.astype(jnp.float32).T[None]

@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from meanflow_jax.kernels import rotary
+from meanflow_jax.kernels.rotary import Scales
+
 Heads = Float[Array, "B N K D"]
 Packed = Float[Array, "B N _"]  # heads side by side
 
@@ -50,7 +53,35 @@ def packed(qkv: Packed, heads: int) -> Packed:
   Returns:
     [B, N, K D].
   """
+  return attention(*apart(qkv, heads)).reshape(*qkv.shape[:2], qkv.shape[2] // 3)
+
+
+def turned(qkv: Packed, heads: int, scales: Scales) -> Packed:
+  """The same, of queries and keys that are normalised and turned first, as `rotary` says.
+
+  Args:
+    qkv: [B, N, 3 K D].
+    heads: K.
+    scales: [B, 2, D].
+
+  Returns:
+    [B, N, K D].
+  """
+  return attention(*turned_heads(qkv, heads, scales)).reshape(*qkv.shape[:2], qkv.shape[2] // 3)
+
+
+def apart(qkv: Packed, heads: int) -> tuple[Heads, Heads, Heads]:
+  """Queries, keys and values."""
   batch, tokens, columns = qkv.shape
   shape = batch, tokens, heads, columns // (3 * heads)  # batches may be empty
   q, k, v = (part.reshape(shape) for part in jnp.split(qkv, 3, axis=-1))
-  return attention(q, k, v).reshape(batch, tokens, columns // 3)
+  return q, k, v
+
+
+def turned_heads(qkv: Packed, heads: int, scales: Scales) -> tuple[Heads, Heads, Heads]:
+  """Queries, keys and values, of which the first two are normalised and turned."""
+  q, k, v = apart(qkv, heads)
+  q, k = (
+    rotary.turn(rotary.normalised(x, scales[:, i])).astype(x.dtype) for i, x in enumerate((q, k))
+  )
+  return q, k, v

@@ -6,40 +6,21 @@ from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from meanflow_jax.arrays import GuidanceScale, Image, Label, Time
 from meanflow_jax.kernels import plain
+from meanflow_jax.kernels.rotary import Scales
 from meanflow_jax.models.dit import DTYPES, Tokens
 from meanflow_jax.models.embeddings import TimeEmbedder
 from meanflow_jax.models.patches import join_patches, split_patches
 from meanflow_jax.models.rematerialisation import REMAT, name_mixed, rematerialised
 
-Heads = Float[Array, "B N K D"]
-# Cosine and sine of the angle by which each pair of features is turned at each position.
-Rotation = tuple[Float[Array | np.ndarray, "N d"], Float[Array | np.ndarray, "N d"]]
+# Attention [B, N, E] of queries, keys and values [B, N, 3 E] with a number of heads; queries and keys
+# are normalised, with these scales, and turned by their positions first.
+Mixer = Callable[[Array, int, Scales], Array]
 
-MAX_PERIOD = 10_000
 GAIN = 0.32  # of the blocks' initial weights
-
-
-def rotation(tokens: int, size: int) -> Rotation:
-  """The angles of rotary positions 0, ..., tokens - 1 (arXiv 2104.09864), for heads of a size."""
-  frequencies = MAX_PERIOD ** (-np.arange(0, size, 2) / size)
-  angles = np.outer(np.arange(tokens), frequencies)
-  return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-
-
-def rotate(x: Heads, by: Rotation) -> Heads:
-  """Turns the pairs (i, i + D / 2) of each head's features, in float32.
-
-  Which features are a pair is a convention; halves need no strided access.
-  """
-  cos, sin = (jnp.asarray(part)[None, :, None] for part in by)
-  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  turned = [first * cos - second * sin, first * sin + second * cos]
-  return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
 def mlp_size(width: int) -> int:
@@ -52,18 +33,26 @@ def _scaled(gain: float) -> nn.initializers.Initializer:
   return nn.initializers.variance_scaling(gain**2, "fan_in", "normal")
 
 
+class _Scale(nn.Module):
+  """The parameter of an RMSNorm that is computed elsewhere."""
+
+  @nn.compact
+  def __call__(self, shape: tuple[int, ...]) -> Array:
+    return self.param("scale", nn.initializers.ones, shape)
+
+
 class Block(nn.Module):
   """Attention and a gated perceptron (SwiGLU), each added through a gate that starts at zero."""
 
   num_heads: int
   dtype: str
-  attention: Callable[[Heads, Heads, Heads], Heads]
+  attention: Mixer
   constrain: Callable[[Array], Array]
 
   @nn.compact
-  def __call__(self, x: Tokens, positions: Rotation) -> tuple[Tokens, None]:
+  def __call__(self, x: Tokens) -> tuple[Tokens, None]:
     """Applies both; the second value is the (empty) output of a scan."""
-    attended = self._attend(self._norm("attention_norm")(x), positions)
+    attended = self._attend(self._norm("attention_norm")(x))
     x = x + self._gate("attention_gate", x) * attended
     hidden = self._dense(2 * mlp_size(x.shape[-1]), "mlp_in")(self._norm("mlp_norm")(x))
     gate, hidden = jnp.split(hidden, 2, axis=-1)
@@ -71,13 +60,13 @@ class Block(nn.Module):
     x = x + self._gate("mlp_gate", x) * hidden
     return self.constrain(x), None
 
-  def _attend(self, x: Tokens, positions: Rotation) -> Tokens:
-    batch, tokens, width = x.shape
-    heads = (batch, tokens, self.num_heads, width // self.num_heads)  # batches may be empty
+  def _attend(self, x: Tokens) -> Tokens:
+    batch, _, width = x.shape
+    size = (width // self.num_heads,)
+    scales = jnp.stack([_Scale(name=f"{name}_norm")(size) for name in ("q", "k")])
+    scales = jnp.broadcast_to(scales[None], (batch, *scales.shape))
     qkv = self._dense(3 * width, "qkv")(x)
-    q, k, v = (part.reshape(heads) for part in jnp.split(qkv, 3, axis=-1))
-    q, k = (rotate(self._norm(f"{n}_norm")(part), positions) for n, part in (("q", q), ("k", k)))
-    mixed = name_mixed(self.attention(q, k, v).reshape(x.shape))
+    mixed = name_mixed(self.attention(qkv, self.num_heads, scales))
     return self._dense(width, "attention_out")(mixed)
 
   def _dense(self, features: int, name: str) -> nn.Dense:
@@ -112,7 +101,8 @@ class InContextDiT(nn.Module):
       are float32.
     scan: compile one block of each stack and loop over it, instead of unrolling all.
     remat: what the backward pass recomputes, as in `models.dit.DiT`.
-    attention: of queries, keys and values.
+    attention: of queries, keys and values in one array, with the scales of the norms of the first
+      two.
     constrain: fixes the sharding of activations.
   """
 
@@ -133,7 +123,7 @@ class InContextDiT(nn.Module):
   dtype: str
   scan: bool
   remat: str
-  attention: Callable[[Heads, Heads, Heads], Heads] = plain.attention
+  attention: Mixer = plain.turned
   constrain: Callable[[Array], Array] = lambda x: x
 
   def __post_init__(self):
@@ -186,11 +176,10 @@ class InContextDiT(nn.Module):
     """
     guidance = GuidanceScale.off(t) if guidance is None else guidance
     x = jnp.concatenate([*self._prefix(h, y, guidance), self._embed(z)], axis=1)
-    positions = rotation(x.shape[1], self.width // self.num_heads)
-    x = self._layers("trunk", self.depth - self.head_depth, self.constrain(x), positions)
+    x = self._layers("trunk", self.depth - self.head_depth, self.constrain(x))
     # All parameters are made, whatever is asked for.
     names = self.HEADS if self.is_initializing() else heads or ("u",)
-    velocities = tuple(self._head(name, x, positions, z.shape) for name in names)
+    velocities = tuple(self._head(name, x, z.shape) for name in names)
     return velocities[0] if heads is None else velocities
 
   def tokens(self, side: int) -> int:
@@ -244,23 +233,22 @@ class InContextDiT(nn.Module):
     )
     return dense(split_patches(z, self.patch_size))
 
-  def _layers(self, name: str, depth: int, x: Tokens, positions: Rotation) -> Tokens:
+  def _layers(self, name: str, depth: int, x: Tokens) -> Tokens:
     if not depth:
       return x
     layers = nn.scan(
       rematerialised(Block, self.remat, scan=self.scan),
       variable_axes={"params": 0},
       split_rngs={"params": True},
-      in_axes=nn.broadcast,
       length=depth,
       unroll=1 if self.scan else depth,
     )
     settings = self.num_heads, self.dtype, self.attention, self.constrain
-    return layers(*settings, name=name)(x, positions)[0]
+    return layers(*settings, name=name)(x)[0]
 
-  def _head(self, name: str, x: Tokens, positions: Rotation, shape: tuple) -> Image:
+  def _head(self, name: str, x: Tokens, shape: tuple) -> Image:
     """Blocks, and a projection of the image's tokens back to an image."""
-    x = self._layers(f"{name}_blocks", self.head_depth, x, positions)
+    x = self._layers(f"{name}_blocks", self.head_depth, x)
     x = x[:, sum(self._token_counts().values()) :]
     x = nn.RMSNorm(epsilon=1e-6, dtype=self.dtype, name=f"{name}_norm")(x)
     features = self.patch_size**2 * shape[-1]
