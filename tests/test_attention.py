@@ -57,17 +57,22 @@ def as_packed(shape: tuple[int, int, int], packed: Attention) -> Attention:
 
 
 def everything(function: Attention, x: list[jax.Array], jvp: Callable) -> dict[str, Any]:
-  """Value, gradients, tangent, and gradients of a loss whose target holds the tangent."""
-  qkv, along, weight = tuple(x[:3]), tuple(x[3:6]), x[6]
+  """Value, gradients, tangent, and gradients of a loss whose target holds the tangent.
 
-  def loss(*qkv: jax.Array) -> Any:
-    value, tangent = jvp(function, qkv, along)
+  Of arguments, their tangents, and a weight of the output.
+  """
+  count = len(x) // 2
+  args, along, weight = tuple(x[:count]), tuple(x[count:-1]), x[-1]
+
+  def loss(*args: jax.Array) -> Any:
+    value, tangent = jvp(function, args, along)
     target = jax.lax.stop_gradient(jnp.sin(value) + tangent)
     error = (value - target).astype(jnp.float32)
     return jnp.sum(error**2 * weight), (value, tangent)
 
-  value, pull_back = jax.vjp(function, *qkv)
-  gradients, (value_of_jvp, tangent) = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(*qkv)
+  value, pull_back = jax.vjp(function, *args)
+  gradient = jax.grad(loss, argnums=range(count), has_aux=True)
+  gradients, (value_of_jvp, tangent) = gradient(*args)
   return {
     "value": value,
     "gradients": pull_back(weight),
@@ -152,6 +157,89 @@ def test_no_rows_are_no_rows():
   x = jnp.zeros((0, 256, 2, 64))
   assert FUSED(x, x, x).shape == x.shape
   assert FUSED.packed(jnp.zeros((0, 256, 384)), 2).shape == (0, 256, 128)
+  for turned in (FUSED.turned, plain.turned):
+    assert turned(jnp.zeros((0, 256, 384)), 2, jnp.ones((0, 2, 64))).shape == (0, 256, 128)
+
+
+# Queries and keys that are normalised and turned first.
+
+
+def turned_arguments(shape: tuple[int, int, int], dtype: str) -> list[jax.Array]:
+  """q, k, v and scales, their tangents, and a weight of the output."""
+  *x, weight = heads(shape, dtype)
+  scales = np.random.default_rng(1).normal(size=(2, 2, 2, shape[2])).astype(np.float32)
+  return [*x[:3], jnp.asarray(1 + scales[0] / 3), *x[3:], jnp.asarray(scales[1]), weight]
+
+
+def as_turned(shape: tuple[int, int, int], function: Attention) -> Attention:
+  """Attention of four arrays, by one that takes the first three packed."""
+  return lambda *x: as_packed(shape, lambda qkv, count: function(qkv, count, x[3]))(*x[:3])
+
+
+def turned_definition(q: jax.Array, k: jax.Array, v: jax.Array, scales: jax.Array) -> jax.Array:
+  """A pair of features is turned as a complex number."""
+  _, tokens, _, size = q.shape
+  angles = np.outer(np.arange(tokens), 1e4 ** (-2 * np.arange(size // 2) / size))[:, None]
+
+  def turned(x: jax.Array, scale: jax.Array) -> jax.Array:
+    x *= scale[:, None, None] / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6)
+    pairs = (x[..., : size // 2] + 1j * x[..., size // 2 :]) * np.exp(1j * angles)[None]
+    return jnp.concatenate([pairs.real, pairs.imag], axis=-1)
+
+  return definition(turned(q, scales[:, 0]), turned(k, scales[:, 1]), v)
+
+
+@pytest.mark.parametrize(
+  ("shape", "dtype", "by_kernel"),
+  [
+    ((20, 16, 16), "float32", True),
+    ((276, 2, 64), "bfloat16", True),
+    ((5, 3, 8), "float32", False),
+    # Several groups of heads and blocks of queries.
+    pytest.param((640, 12, 64), "float32", True, marks=pytest.mark.slow),
+  ],
+  ids=str,
+)
+def test_queries_and_keys_may_be_turned_first(shape, dtype, by_kernel):
+  """All paths, with an error no larger than the plain form's; where kernels do not, it is done."""
+  assert pallas_tpu.takes_turned(*shape, dtype) == by_kernel
+  x = turned_arguments(shape, dtype)
+  compute = lambda f, jvp: jax.jit(lambda x: everything(as_turned(shape, f), x, jvp))(x)
+  ours = compute(FUSED.turned, forward_mode.jvp)
+  plainly = compute(plain.turned, jax.jvp)
+  with jax.enable_x64(True):
+    exactly = [jnp.asarray(np.asarray(a.astype("float32")), "float64") for a in x]
+    exactly = jax.jit(lambda x: everything(turned_definition, x, jax.jvp))(exactly)
+    exactly = jax.tree.map(np.asarray, exactly)
+  for name, expected in exactly.items():
+    same_types = jax.tree.map(lambda a, b: a.dtype == b.dtype, ours[name], plainly[name])
+    assert all(jax.tree.leaves(same_types)), name
+    found = error(ours[name], expected)
+    assert found < 1.5 * WITHIN[dtype], name
+    assert found < 1.25 * error(plainly[name], expected) + 5e-7, name
+
+
+def test_turned_rows_stay_where_they_are():
+  """On a mesh; the gradient of scales that all rows share is one sum over devices."""
+  mesh = make_mesh(4, 2)
+  rows, everywhere = (NamedSharding(mesh, PartitionSpec(axes)) for axes in (mesh.axis_names, None))
+  rng = np.random.default_rng(0)
+  qkv, along = rng.normal(size=(2, 8, 5, 3 * 128)).astype(np.float32)
+  scales = rng.normal(size=(2, 16)).astype(np.float32)
+
+  def gradient(fused: Fused) -> Callable:
+    def loss(qkv: jax.Array, along: jax.Array, scales: jax.Array) -> jax.Array:
+      scales = jnp.broadcast_to(scales[None], (8, *scales.shape))
+      u, slope = forward_mode.jvp(lambda qkv: fused.turned(qkv, 8, scales), (qkv,), (along,))
+      return jnp.sum((u - jax.lax.stop_gradient(slope)) ** 2)
+
+    return jax.jit(jax.grad(loss, argnums=(0, 2)))
+
+  placed = *(jax.device_put(x, rows) for x in (qkv, along)), jax.device_put(scales, everywhere)
+  compiled = gradient(Fused(mesh, interpret=True)).lower(*placed).compile()
+  assert "all-gather" not in compiled.as_text()
+  for ours, alone in zip(compiled(*placed), gradient(FUSED)(qkv, along, scales), strict=True):
+    np.testing.assert_allclose(ours, alone, rtol=1e-5, atol=1e-5 * np.abs(alone).max())
 
 
 # What has no derivative says so.
@@ -447,4 +535,30 @@ def test_kernels_compile_for_tpus(topology, tokens, count, size, dtype):
     assert f"attention_{name}" in text
   assert "all-gather" not in text
   products = 2 * (2 + 6 + 5 + 5) * 2 * tokens**2 * count * size
+  assert compiled.cost_analysis()["flops"] == pytest.approx(products, rel=0.1)
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_kernels_that_turn_compile_for_tpus(topology):
+  """On a mesh, gradients of a JVP; turning adds little to what the compiler counts."""
+  mesh = make_mesh(4, 1, devices=tpu_devices(topology))
+  rows = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+  place = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+  qkv, scales = place((8, 276, 3 * 256), "bfloat16"), place((8, 2, 64), "float32")
+  function = lambda qkv, scales: Fused(mesh).turned(qkv, 4, scales)
+
+  def loss(qkv: jax.Array, scales: jax.Array, along: jax.Array) -> jax.Array:
+    u, derivative = forward_mode.jvp(lambda qkv: function(qkv, scales), (qkv,), (along,))
+    value = u.astype(jnp.float32).sum() + function(qkv, scales).astype(jnp.float32).sum()
+    return value, derivative
+
+  gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+  with uncached():
+    compiled = gradient.lower(qkv, scales, qkv).compile()
+  text = compiled.as_text()
+  for name in ("forward", "tangent", "backward"):
+    assert f"attention_turned_{name}" in text
+  assert "all-gather" not in text
+  products = 2 * (2 + 6 + 5 + 5) * 2 * 276**2 * 256
   assert compiled.cost_analysis()["flops"] == pytest.approx(products, rel=0.1)

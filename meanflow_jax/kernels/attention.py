@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from meanflow_jax.kernels import pallas_gpu, pallas_tpu, plain
 from meanflow_jax.kernels.forward_mode import differentiable
@@ -121,7 +121,7 @@ class Fused:
   def _kernels(self, heads: int, *, packed: bool) -> Kernels:
     return KERNELS[self.platform].Kernels(heads, packed, self.interpret)
 
-  def _apply(self, kernels: Kernels, *arrays: Packed) -> Packed:
+  def _apply(self, kernels: Kernels, *arrays: Array) -> Packed:
     if not arrays[0].size:  # a kernel has no grid of no rows
       return arrays[0][..., : kernels.width(arrays[0])]
     spread = functools.partial(self._on_rows, arrays[0].shape[0])

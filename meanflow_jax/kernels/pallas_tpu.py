@@ -103,9 +103,9 @@ class Kernels(Layout):
     by_key: Sequence[Part],
     *,
     outputs: int = 0,
-    gradients: Sequence[Packed] = (),
+    gradients: Sequence[Array] = (),
     scales: Sequence[Scales] = (),
-  ) -> Sequence[Packed]:
+  ) -> Sequence[Array]:
     """Runs a kernel over rows, groups of heads and blocks of queries.
 
     Args:
@@ -334,9 +334,7 @@ def _backward(q_ref, do_ref, k_ref, v_ref, *refs, size: int, tokens: int) -> Non
     dv_ref[...] = dv_sum[...].astype(dv_ref.dtype)
 
 
-def _accumulate(
-  q_ref, do_ref, k_ref, v_ref, dk_sum, dv_sum, size: int, tokens: int
-) -> list[Array]:
+def _accumulate(q_ref, do_ref, k_ref, v_ref, dk_sum, dv_sum, size: int, tokens: int) -> list[Array]:
   """Adds to the gradients of keys and values; those of queries [D, queries], of each head."""
 
   @pl.when(pl.program_id(2) == 0)

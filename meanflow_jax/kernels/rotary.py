@@ -1,8 +1,8 @@
 """Queries and keys that are normalised and turned by their positions before they meet.
 
-Each head's features are divided by their root mean square and scaled (arXiv 2010.04245, with RMSNorm
-of arXiv 1910.07467), then turned in pairs by rotary positions 0, 1, ... (arXiv 2104.09864), all in
-float32.
+Each head's features are divided by their root mean square and scaled (QK-norm, arXiv 2010.04245, by
+RMSNorm, arXiv 1910.07467), then turned in pairs by rotary positions 0, 1, ... (arXiv 2104.09864),
+all in float32.
 """
 
 import jax

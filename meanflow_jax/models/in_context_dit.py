@@ -16,8 +16,8 @@ from meanflow_jax.models.embeddings import TimeEmbedder
 from meanflow_jax.models.patches import join_patches, split_patches
 from meanflow_jax.models.rematerialisation import REMAT, name_mixed, rematerialised
 
-# Attention [B, N, E] of queries, keys and values [B, N, 3 E] with a number of heads; queries and keys
-# are normalised, with these scales, and turned by their positions first.
+# Attention [B, N, E] of queries, keys and values [B, N, 3 E] with a number of heads; queries and
+# keys are normalised, with these scales, and turned by their positions first.
 Mixer = Callable[[Array, int, Scales], Array]
 
 GAIN = 0.32  # of the blocks' initial weights
