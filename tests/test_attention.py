@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.interpreters import partial_eval
 from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import base
@@ -362,11 +363,14 @@ def test_a_network_learns_the_same(remat, scan):
 
 
 def kernels_of(function: Callable, *args: Any) -> dict[str, int]:
-  """How often each kernel occurs in a program; one that may have a tangent goes by another name."""
-  names = re.findall(
-    r"name=attention_(\w+)|(value_with_tangent)\[", str(jax.make_jaxpr(function)(*args))
-  )
-  found = collections.Counter(kernel or "forward" for kernel, _ in names)
+  """How often each kernel occurs in a program; those of value and tangent go by other names."""
+  return kernels_in(str(jax.make_jaxpr(function)(*args)))
+
+
+def kernels_in(program: str) -> dict[str, int]:
+  names = re.findall(r"name=attention_(backward)|value_(with|and)_tangent\[", program)
+  given = {"with": "forward", "and": "tangent"}
+  found = collections.Counter(kernel or given[primitive] for kernel, primitive in names)
   return {name: found[name] for name in ("forward", "tangent", "backward")}
 
 
@@ -391,6 +395,33 @@ def test_what_the_backward_pass_runs_again(remat, again, scan):
   assert found == {"forward": 1 + again, "tangent": 0, "backward": 1}
   found = kernels_of(jax.grad(with_tangent), params)
   assert found == {"forward": again, "tangent": 1, "backward": 1}
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_a_tangent_that_is_not_used_is_not_computed(scan):
+  """Of a network with two heads, the derivative of one: the other has forward kernels alone."""
+  network = tiny.in_context_dit(
+    depth=5, head_depth=3, remat="matmuls", scan=scan, attention=FUSED.turned
+  )
+  z, t, y = jnp.ones((1, 4, 4, 1)), jnp.ones(1), jnp.zeros(1, jnp.int32)
+  params = tiny.random_params(network, z.shape[1:])
+
+  def loss(params: tiny.Params, used: tuple[bool, bool]) -> jax.Array:
+    both = lambda z: network.apply({"params": params}, z, t, t, y, heads=("u", "v"))
+    values, slopes = forward_mode.jvp(both, (z,), (jnp.ones_like(z),))
+    targets = [jax.lax.stop_gradient(slope) for slope in slopes]
+    pairs = zip(values, targets, used, strict=True)
+    return sum(jnp.sum((value - target if use else value) ** 2) for value, target, use in pairs)
+
+  def kernels(*used: bool) -> dict[str, int]:
+    program = jax.make_jaxpr(jax.grad(lambda params: loss(params, used)))(params).jaxpr
+    kept, _ = partial_eval.dce_jaxpr(program, [True] * len(program.outvars))
+    return kernels_in(str(kept))
+
+  # The trunk and each head are one loop.
+  assert kernels(True, True) == {"forward": 0, "tangent": 3, "backward": 3}
+  assert kernels(True, False) == {"forward": 1, "tangent": 2, "backward": 3}
+  assert kernels(False, False) == {"forward": 3, "tangent": 0, "backward": 3}
 
 
 # On a mesh.

@@ -12,8 +12,8 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.extend.core import JaxprEqn, Primitive
+from jax.interpreters import ad, batching, mlir, partial_eval
 from jaxtyping import Array, PyTree
 
 
@@ -95,13 +95,15 @@ def differentiable(
 ) -> Callable[..., Array]:
   """A function from three kernels: it has reverse mode, and inside `jvp` forward mode too.
 
+  Of a derivative that nothing is made of, a jitted function computes nothing.
+
   Args:
     forward: the value of some arguments.
     backward: the arguments' gradients, from the arguments and the value's gradient.
     tangent: value and derivative, from the arguments and their tangents.
     spread: lets each of several devices take its part of the arguments.
   """
-  value = spread(functools.partial(_value.bind, forward=forward, tangent=_once(tangent)))
+  value = spread(functools.partial(_value.bind, forward=forward, tangent=tangent))
   backward = spread(_once(backward))
   function = jax.custom_vjp(lambda *args: value(*args))
   function.defvjp(lambda *args: (value(*args), args), lambda args, g: backward(*args, g))
@@ -115,7 +117,7 @@ def _once(kernel: Callable[..., PyTree]) -> Callable[..., PyTree]:
   return refusing
 
 
-def _refuse_second(*_: object) -> NoReturn:
+def _refuse_second(*_: object, **__: object) -> NoReturn:
   raise NotImplementedError(
     "a second derivative is taken of a fused attention, which has first ones only: use plain "
     "attention there"
@@ -131,12 +133,35 @@ def _forward(*args: Array, forward: Callable, tangent: Callable) -> Array:
   return forward(*args)
 
 
-def _both(args: tuple, along: tuple, *, forward: Callable, tangent: Callable) -> tuple:
-  return tangent(*args, *map(ad.instantiate_zeros, along))
+def _both(args: tuple, along: tuple, **kernels: Callable) -> tuple:
+  return tuple(_pair.bind(*args, *map(ad.instantiate_zeros, along), **kernels))
+
+
+def _shapes(*args: jax.core.ShapedArray, forward: Callable, tangent: Callable) -> list:
+  return [_shape(*args[: len(args) // 2], forward=forward, tangent=tangent)] * 2
+
+
+def _tangent(*args: Array, forward: Callable, tangent: Callable) -> tuple[Array, Array]:
+  return tangent(*args)
+
+
+def _without_tangent(used: list[bool], eqn: JaxprEqn) -> tuple[list[bool], JaxprEqn | None]:
+  """What is left of both where not both are used: the tangent's arguments are not needed then."""
+  count = len(eqn.invars) // 2
+  if not any(used):
+    return [False] * 2 * count, None
+  if used[1]:
+    return [True] * 2 * count, eqn
+  alone = eqn.replace(primitive=_value, invars=eqn.invars[:count], outvars=eqn.outvars[:1])
+  return [True] * count + [False] * count, alone
 
 
 def _batched(args: tuple, axes: tuple, *, forward: Callable, tangent: Callable) -> tuple:
   return jax.vmap(forward, in_axes=axes)(*args), 0
+
+
+def _batched_pair(args: tuple, axes: tuple, *, forward: Callable, tangent: Callable) -> tuple:
+  return jax.vmap(tangent, in_axes=axes)(*args), (0, 0)
 
 
 # A `custom_jvp` would not do: linearising a scan or a rematerialised block drops its rule.
@@ -146,3 +171,14 @@ _value.def_abstract_eval(_shape)
 ad.primitive_jvps[_value] = _both
 batching.primitive_batchers[_value] = _batched
 mlir.register_lowering(_value, mlir.lower_fun(_forward, multiple_results=False))
+
+# Both, as one kernel computes them. It stays whole until all is known that is used of it: a network
+# of several heads may be asked for the derivative of one.
+_pair = Primitive("value_and_tangent")
+_pair.multiple_results = True
+_pair.def_impl(_tangent)
+_pair.def_abstract_eval(_shapes)
+ad.primitive_jvps[_pair] = _refuse_second
+batching.primitive_batchers[_pair] = _batched_pair
+mlir.register_lowering(_pair, mlir.lower_fun(_tangent, multiple_results=True))
+partial_eval.dce_rules[_pair] = _without_tangent
