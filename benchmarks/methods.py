@@ -1,6 +1,6 @@
 """The methods on the digits, each trained for the same time: a table and a picture.
 
-  python benchmarks/methods.py [--seconds=150] [--workdir=runs/methods] [--out=runs/methods.png]
+  python benchmarks/methods.py [--seconds=120] [--workdir=runs/methods] [--out=runs/methods.png]
 
 How many steps a method gets is found first, by meanflow_jax.benchmark; then each is a run of
 main.py. "flow matching, then MeanFlow" spends half of its time on either.
@@ -9,7 +9,6 @@ main.py. "flow matching, then MeanFlow" spends half of its time on either.
 import dataclasses
 import pathlib
 import re
-import statistics
 import subprocess
 import sys
 
@@ -20,7 +19,7 @@ from reading import ROOT, recognised, rows_of, run_main, samples, train_reader
 
 from meanflow_jax.runtime.reporting import table
 
-SECONDS = flags.DEFINE_float("seconds", 150, "Of training, for each method.", lower_bound=1)
+SECONDS = flags.DEFINE_float("seconds", 120, "Of training, for each method.", lower_bound=1)
 WORKDIR = flags.DEFINE_string("workdir", "runs/methods", "Where the runs go.")
 OUT = flags.DEFINE_string("out", "runs/methods.png", "The picture.")
 FEW, MANY = (1, 2, 4), (1, 2, 4, 8, 64)
@@ -68,9 +67,9 @@ def main(_: list[str]) -> None:
 
 
 def steps_per_second() -> dict[str, float]:
-  """Of each method, the mean of two measurements with the others between them."""
-  found = {name: [] for name in METHODS}
-  for name in tqdm.tqdm([*METHODS] * 2, "timing", leave=False, disable=None):
+  """Of each method."""
+  found = {}
+  for name in tqdm.tqdm(METHODS, "timing", leave=False, disable=None):
     method = METHODS[name]
     command = ["-m", "meanflow_jax.benchmark", f"--config=configs/{method.preset}.py", "--noplain"]
     done = subprocess.run(
@@ -80,8 +79,8 @@ def steps_per_second() -> dict[str, float]:
       capture_output=True,
       text=True,
     )
-    found[name].append(float(re.search(r"steps/s +([\d.]+)", done.stdout)[1]))
-  return {name: statistics.mean(rates) for name, rates in found.items()}
+    found[name] = float(re.search(r"steps/s +([\d.]+)", done.stdout)[1])
+  return found
 
 
 def train(name: str, workdir: pathlib.Path, steps: int, rates: dict[str, float]) -> None:
