@@ -1,9 +1,10 @@
 """The methods on the digits, each trained for the same time: a table and a picture.
 
   python benchmarks/methods.py [--seconds=120] [--workdir=runs/methods] [--out=runs/methods.png]
+    [--only=NAME,NAME]
 
-How many steps a method gets is found first, by meanflow_jax.benchmark; then each is a run of
-main.py. "flow matching, then MeanFlow" spends half of its time on either.
+How many steps a method gets is found by meanflow_jax.benchmark; then each is a run of main.py.
+"flow matching then MeanFlow" spends half of its time on either, and has guidance in the last 3/8.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ from meanflow_jax.runtime.reporting import table
 
 SECONDS = flags.DEFINE_float("seconds", 120, "Of training, for each method.", lower_bound=1)
 WORKDIR = flags.DEFINE_string("workdir", "runs/methods", "Where the runs go.")
+ONLY = flags.DEFINE_list("only", [], "Names of methods; all without.")
 OUT = flags.DEFINE_string("out", "runs/methods.png", "The picture.")
 FEW, MANY = (1, 2, 4), (1, 2, 4, 8, 64)
 
@@ -33,7 +35,7 @@ class Method:
     preset: of configs/.
     keys: what else is set.
     nfe: with how many steps it is sampled.
-    before: the method whose run it starts from, each with half of the time.
+    before: the preset that it starts from, each with half of the time.
   """
 
   preset: str
@@ -48,73 +50,80 @@ METHODS = {
   "alpha-Flow": Method("digits_alpha_flow"),
   "MeanFlow": Method("digits"),
   "improved MeanFlow": Method("digits_imf"),
-  "flow matching, then MeanFlow": Method("digits", before="flow matching"),
+  "flow matching then MeanFlow": Method("digits", before="digits_flow"),
 }
 
 
 def main(_: list[str]) -> None:
-  rates, reader = steps_per_second(), train_reader()
+  names, reader = ONLY.value or [*METHODS], train_reader()
+  taken = [path for path in map(folder_of, names) if path.exists()]
+  if taken or not METHODS.keys() >= {*names}:
+    sys.exit(f"error: --only takes some of {[*METHODS]}, and --workdir none of {taken}")
   found = {}
-  for name in tqdm.tqdm(METHODS, "training", leave=False, disable=None):
-    workdir, steps = (
-      pathlib.Path(WORKDIR.value) / name.replace(" ", "_"),
-      rates[name] * SECONDS.value,
-    )
-    train(name, workdir, round(steps), rates)
-    found[name] = figures(name, workdir, reader)
-    print(table(rows(name, round(steps), found[name])), flush=True)
+  for name in tqdm.tqdm(names, "training", leave=False, disable=None):
+    steps = train(METHODS[name], folder_of(name))
+    found[name] = figures(METHODS[name], folder_of(name), reader)
+    print(table(rows(name, steps, found[name])), flush=True)
   draw(found)
 
 
-def steps_per_second() -> dict[str, float]:
-  """Of each method."""
-  found = {}
-  for name in tqdm.tqdm(METHODS, "timing", leave=False, disable=None):
-    method = METHODS[name]
-    command = ["-m", "meanflow_jax.benchmark", f"--config=configs/{method.preset}.py", "--noplain"]
-    done = subprocess.run(
-      [sys.executable, *command, *flags_of(method.keys)],
-      cwd=ROOT,
-      check=True,
-      capture_output=True,
-      text=True,
-    )
-    found[name] = float(re.search(r"steps/s +([\d.]+)", done.stdout)[1])
-  return found
+def folder_of(name: str) -> pathlib.Path:
+  return pathlib.Path(WORKDIR.value) / re.sub(r"\W+", "_", name)
 
 
-def train(name: str, workdir: pathlib.Path, steps: int, rates: dict[str, float]) -> None:
-  method, more = METHODS[name], {}
+def steps_in(seconds: float, preset: str, keys: dict[str, object]) -> int:
+  """How many steps fit, by the benchmark."""
+  command = ["-m", "meanflow_jax.benchmark", f"--config=configs/{preset}.py", "--noplain"]
+  done = subprocess.run(
+    [sys.executable, *command, *flags_of(keys)],
+    cwd=ROOT,
+    check=True,
+    capture_output=True,
+    text=True,
+  )
+  return round(seconds * float(re.search(r"steps/s +([\d.]+)", done.stdout)[1]))
+
+
+def train(method: Method, workdir: pathlib.Path) -> str:
+  """Trains it, and says for how many steps."""
+  seconds, more, said = SECONDS.value, {"evaluate.nfe": ",".join(map(str, method.nfe))}, ""
   if method.before:
-    first = workdir.with_name(workdir.name + "_before")
-    steps //= 2
-    train(method.before, first, round(rates[method.before] * SECONDS.value / 2), rates)
-    more = {"train.start_from": first.resolve(), "method.guidance.from_step": steps // 4}
+    seconds, first = seconds / 2, workdir.with_name(workdir.name + "_before")
+    before = steps_in(seconds, method.before, {})
+    run_main(first, *flags_of(budget(before)), preset=method.before)
+    said, more["train.start_from"] = f"{before:,} + ", first.resolve()
+  steps = steps_in(seconds, method.preset, method.keys)
+  if method.before:
+    more["method.guidance.from_step"] = steps // 4
   if method.preset == "digits_alpha_flow":
     more["method.alpha_flow.anneal_to"] = steps
-  more |= {"train.steps": steps, "train.sample_every": 0}
-  keys = method.keys | more | {"optimizer.warmup_steps": min(100, steps // 10)}
-  keys["evaluate.nfe"] = ",".join(map(str, method.nfe))
-  run_main(workdir, *flags_of(keys), preset=method.preset)
+  run_main(workdir, *flags_of(method.keys | budget(steps) | more), preset=method.preset)
+  return f"{said}{steps:,}"
+
+
+def budget(steps: int) -> dict[str, object]:
+  warmup = {"optimizer.warmup_steps": min(100, steps // 10)}
+  return warmup | {"train.steps": steps, "train.sample_every": 0}
 
 
 def flags_of(keys: dict[str, object]) -> list[str]:
   return [f"--config.{key}={value}" for key, value in keys.items()]
 
 
-def figures(name: str, workdir: pathlib.Path, reader: object) -> dict[int, tuple[float, float]]:
+def figures(
+  method: Method, workdir: pathlib.Path, reader: object
+) -> dict[int, tuple[float, float]]:
   """By number of steps: the pixel Frechet distance, and the share that is read as wanted."""
-  method = METHODS[name]
   distance = {row["nfe"]: row["figures"]["frechet_pixels"] for row in rows_of(workdir)}
   drawn = lambda nfe: samples(workdir, nfe, *flags_of(method.keys), preset=method.preset)
   return {nfe: (distance[nfe], recognised(reader, drawn(nfe))) for nfe in method.nfe}
 
 
-def rows(name: str, steps: int, found: dict[int, tuple[float, float]]) -> list[dict[str, str]]:
+def rows(name: str, steps: str, found: dict[int, tuple[float, float]]) -> list[dict[str, str]]:
   return [
     {
       "method": name,
-      "steps of training": f"{steps:,}",
+      "steps of training": steps,
       "of sampling": str(nfe),
       "Frechet distance": f"{distance:.3f}",
       "read as wanted": f"{share:.2%}",

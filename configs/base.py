@@ -120,7 +120,9 @@ def get_config() -> ConfigDict:
   train.batch_size = 256  # over all devices
   train.steps = 100_000
   train.accumulate = 1  # microbatches per step
-  train.start_from = ""  # folder of another run, whose newest average a new run starts from
+  # Workdir (or checkpoint.path) of another run, whose newest average sample.ema a run without
+  # checkpoints starts from
+  train.start_from = ""
   train.log_every = 100
   train.checkpoint_every = 5_000  # 0: only at the end
   train.sample_every = 5_000  # 0: only at the end

@@ -1,5 +1,7 @@
 """Flow matching on class-conditional digits, 8x8: what configs/digits_fine_tune.py starts from.
 
+Times are those of MeanFlow, the later of two draws, and targets have no guidance.
+
 python main.py --config=configs/digits_flow.py --workdir=runs/digits_flow
 """
 

@@ -12,4 +12,5 @@ def get_config() -> ConfigDict:
   """The preset."""
   config = digits.get_config()
   config.method.name = "shortcut"
+  config.method.weight.p = 0.0
   return config

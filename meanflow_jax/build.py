@@ -218,7 +218,7 @@ def method(config: ConfigDict) -> Method:
   own = settings.to_dict().get(settings.name, {})
   made = kind(**{name: make() for name, make in sections.items() if name in fields}, **own)
   _check_network(config, kind)
-  dropped = settings.label_dropout.rate if "label_dropout" in fields else 0
+  dropped = _dropped(config)
   if not config.data.num_classes and (made.is_guided or dropped):
     raise ValueError(
       "an unconditional model (data.num_classes = 0) takes no guidance and drops no labels: set "
@@ -231,6 +231,12 @@ def method(config: ConfigDict) -> Method:
       "set method.label_dropout.rate above 0 (0.1 is usual)"
     )
   return made
+
+
+def _dropped(config: ConfigDict) -> float:
+  """The share of rows that drop their label."""
+  fields = registry.fields(registry.find(config.method.name))
+  return config.method.label_dropout.rate if "label_dropout" in fields else 0
 
 
 def _check_network(config: ConfigDict, kind: type[Method]) -> None:
@@ -281,6 +287,7 @@ def train_step(config: ConfigDict, network: nn.Module, method: Method, mesh: Mes
   """
   _check_batch(config.train.batch_size, config.train.accumulate, mesh.size, method)
   _check_cadences(config.train)
+  method.check_steps(config.train.steps)
   optimizer, learning_rate = make_optimizer(**config.optimizer, total_steps=config.train.steps)
   return TrainStep(
     network=network,
@@ -435,7 +442,7 @@ def generator(
       f"guidance of {omega} takes classes, and the model has none (data.num_classes = 0): set "
       "sample.guidance.omega to 1"
     )
-  if omega != 1 and not method.label_dropout.rate:
+  if omega != 1 and not _dropped(config):
     raise ValueError(
       f"guidance of {omega} takes the velocity without a class, which this config never teaches "
       "(method.label_dropout.rate = 0): set sample.guidance.omega to 1"

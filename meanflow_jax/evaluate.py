@@ -1,6 +1,5 @@
 """Measures images against real ones: --mode=evaluate, and the same at a cadence during training."""
 
-import dataclasses
 import functools
 import hashlib
 import itertools
@@ -29,7 +28,6 @@ from meanflow_jax.evaluator import (
   Setting,
 )
 from meanflow_jax.features import Extractor
-from meanflow_jax.methods import registry
 from meanflow_jax.methods.method import Method
 from meanflow_jax.methods.sampler import time_grid
 from meanflow_jax.metrics.summary import FIGURES, HIGHER_IS_BETTER, KEEPING, SPATIAL
@@ -200,7 +198,7 @@ def rows_of(
     step: of the checkpoint.
     evaluator: of the figures.
     figures: by setting.
-    guidance: `trained_guidance`.
+    guidance: `storage.trained_guidance`.
   """
   common = {
     "count": evaluator.count,
@@ -219,13 +217,6 @@ def rows_of(
     {"step": step, **vars(setting), "figures": found, **common}
     for setting, found in figures.items()
   ]
-
-
-def trained_guidance(method: Mapping[str, Any]) -> dict[str, Any]:
-  """How guidance was part of a training with a certain `config.method`."""
-  name = method.get("name", "meanflow")  # the only one of the first checkpoints
-  takes = {field.name for field in dataclasses.fields(registry.find(name))}
-  return dict(method["guidance"] if "guidance" in takes else method.get(name, {}))
 
 
 def write_rows(path: pathlib.Path, rows: list[Row]) -> None:
@@ -318,7 +309,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     if evaluator is None:
       raise ValueError("evaluate.count is 0: there is nothing to evaluate")
     step, items, trained = storage.trained_params(config, workdir, network, mesh, evaluator.items)
-    guidance = trained_guidance(trained["method"])
+    guidance = storage.trained_guidance(trained["method"])
     resumable = functools.partial(_resumable, config, workdir, step, evaluator, items)
     rows = rows_of(config, step, evaluator, evaluator(items, resumable), guidance)
   if jax.process_index() == 0:

@@ -65,7 +65,7 @@ class Outputs:
       with build.explaining_mistakes():
         found = self.evaluator(items, check=stop.check)
       figures = self.evaluator.tagged(found)
-      guidance = evaluate.trained_guidance(self.config.method.to_dict())
+      guidance = storage.trained_guidance(self.config.method.to_dict())
       rows = evaluate.rows_of(self.config, step, self.evaluator, found, guidance)
       if jax.process_index() == 0:
         evaluate.write_rows(evaluate.figures_path(self.workdir, step), rows)

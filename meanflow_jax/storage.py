@@ -1,7 +1,7 @@
 """Where a run keeps its checkpoints, and what is read back of them."""
 
 import pathlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from meanflow_jax import build, networks
+from meanflow_jax.methods import registry
 from meanflow_jax.runtime.checkpoints import Checkpoints
 from meanflow_jax.runtime.mesh import abstract, parameter_shardings
 from meanflow_jax.train_step import init_params, item_name
@@ -124,18 +125,31 @@ def starting_params(
 
   Raises:
     FileNotFoundError: there is no checkpoint.
-    CheckpointError: there is one of another network, or only damaged ones.
+    CheckpointError: there is one of another network, without this average, or only damaged ones.
   """
-  other = config.copy_and_resolve_references()
-  other.checkpoint.path = ""
-  workdir, item = pathlib.Path(config.train.start_from), ema_item(config, config.sample.ema)
-  target = _abstract_params(config, network, mesh)
-  if checkpoints_folder(other, workdir).is_dir():
-    with checkpoints(other, workdir, read_only=True) as saved:
+  other, start = config.copy_and_resolve_references(), config.train.start_from
+  other.checkpoint.path = start  # which may lie in the cloud
+  item, target = ema_item(config, config.sample.ema), _abstract_params(config, network, mesh)
+  folder = checkpoints_folder(other, pathlib.Path())
+  if folder.is_dir():
+    with checkpoints(other, pathlib.Path(), read_only=True) as saved:
       if restored := saved.restore({item: target}, identity=identity(config)):
         step, items = restored
         return step, items[item]
-  raise FileNotFoundError(f"train.start_from: no checkpoint in {workdir}")
+  raise FileNotFoundError(
+    f"no checkpoint in {folder}: train.start_from must name the workdir of a run, or its "
+    "checkpoint.path"
+  )
+
+
+def trained_guidance(method: Mapping[str, Any]) -> dict[str, Any]:
+  """How guidance was part of a training with a certain `config.method`."""
+  name = method.get("name", "meanflow")  # the only one of the first checkpoints
+  shared = "guidance" in registry.fields(registry.find(name))
+  found = dict(method["guidance"] if shared else method.get(name, {}))
+  if not found.get("from_step"):
+    found.pop("from_step", None)
+  return found
 
 
 def _abstract_params(config: ConfigDict, network: nn.Module, mesh: Mesh) -> PyTree:
@@ -144,12 +158,27 @@ def _abstract_params(config: ConfigDict, network: nn.Module, mesh: Mesh) -> PyTr
 
 
 def _check_sampling(trained_with: dict[str, Any], config: ConfigDict) -> None:
-  """A model of plain flow matching knows u at r = t only, and is sampled in Euler's steps."""
-  theirs = trained_with["method"]["times"]["equal_fraction"]
-  ours = config.method.times.equal_fraction
-  if (theirs == 1) != (ours == 1):
+  """Refuses a method, and guidance, that are not those of training.
+
+  A model of plain flow matching knows u at r = t only, and is sampled in Euler's steps. What
+  guidance does when sampling depends on that of training.
+  """
+  theirs, ours = trained_with["method"], config.method.to_dict()
+  told = "the checkpoint was trained with {}, and this config says {}: "
+  if (name := theirs.get("name", "meanflow")) != ours["name"]:
     raise ValueError(
-      f"the checkpoint was trained with method.times.equal_fraction {theirs}, and this config says "
-      f"{ours}: one of them is flow matching, which is sampled in another way; give "
-      f"--config.method.times.equal_fraction={theirs}"
+      told.format(f"method.name {name!r}", repr(ours["name"])) + "they are sampled in other ways"
+    )
+  shares = [method["times"]["equal_fraction"] for method in (theirs, ours)]
+  if (shares[0] == 1) != (shares[1] == 1):
+    raise ValueError(
+      told.format(f"method.times.equal_fraction {shares[0]}", shares[1])
+      + "one of them is flow matching, which is sampled in another way; give "
+      f"--config.method.times.equal_fraction={shares[0]}"
+    )
+  guidance = [trained_guidance(method) for method in (theirs, ours)]
+  if {config.sample.guidance.omega, *config.evaluate.omega} != {1} and guidance[0] != guidance[1]:
+    raise ValueError(
+      told.format(f"guidance {guidance[0]}", guidance[1])
+      + "what a scale means when sampling depends on it; give the keys of training"
     )

@@ -164,8 +164,7 @@ def restore_or_init(
   targets = to_items(train_step.abstract_state(mesh))
   restored = checkpoints.restore(targets, identity=storage.identity(config), optional={"guard"})
   if restored is None:
-    state = train_step.new_state(mesh)
-    return started_from(config, train_step, mesh, state) if config.train.start_from else state
+    return new_state(config, train_step, mesh)
   step, items = restored
   if step > config.train.steps:
     raise build.UserError(
@@ -174,19 +173,19 @@ def restore_or_init(
   return state_of(train_step, mesh, checkpoints, step, items)
 
 
-def started_from(
-  config: ConfigDict, train_step: TrainStep, mesh: Mesh, state: TrainState
-) -> TrainState:
-  """A new state with the parameters, and averages, of another run.
+def new_state(config: ConfigDict, train_step: TrainStep, mesh: Mesh) -> TrainState:
+  """The state before the first step, with the parameters of `config.train.start_from`, if any.
 
   Raises:
-    CheckpointError: that run is of another network, or has no intact checkpoint.
-    UserError: there is none.
+    UserError: that run has no checkpoint, or none of this network.
   """
+  if not config.train.start_from:
+    return train_step.new_state(mesh)
   with build.explaining_mistakes():
     step, params = storage.starting_params(config, train_step.network, mesh)
   if jax.process_index() == 0:
     print(f"starting from step {step} of {config.train.start_from}", flush=True)
+  state = train_step.new_state(mesh)
   averages = jax.jit(train_step.averages.init, out_shardings=shardings_of(state.ema))
   return state.replace(params=params, ema=averages(params))
 

@@ -7,13 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from meanflow_jax import build
 from meanflow_jax.arrays import Image, Label, VelocityFn
 from meanflow_jax.methods.alpha_flow import AlphaFlow, Draws
 from meanflow_jax.methods.meanflow import Rows
 from tests import tiny
 from tests.exact import GaussianFlow, per_image
-from tests.runs import assert_close, mesh_of, stepped
+from tests.runs import assert_close, mesh_of, stepped, train_step
 from tests.runs import tiny as tiny_config
 
 BATCH, IMAGE, STEPS = 16, (4, 4, 1), 1000
@@ -77,6 +76,7 @@ def test_with_alpha_zero_it_is_meanflow(p):
   method = alpha_flow(p=p)
   meanflow = tiny.meanflow(equal_fraction=0.5, p=p)
   ours, theirs = valued(method, draws_of(method, 0.0)), valued(meanflow, draws_of(method, 0.0))
+  assert ours[1].pop("alpha") == 0
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10), ours, theirs)
 
 
@@ -160,6 +160,7 @@ def test_without_rows_ahead_it_is_flow_matching():
   ours, theirs = (
     valued(kind, draws_of(method, 0.5)) for kind in (method, tiny.meanflow(equal_fraction=1.0))
   )
+  ours[1].pop("alpha")
   jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
@@ -182,9 +183,16 @@ def test_any_number_of_devices_trains_the_same(accumulate):
     ({"anneal_from": 4}, "anneal_from < anneal_to, got 4 and 4"),
     ({"sharpness": 0.0}, "got 0.0 and 0.005"),
     ({"clamp": 0.7}, "clamp between 0 and 0.5"),
+    ({"anneal_to": 5}, "anneal_to 5 is beyond train.steps 4: .* give --config"),
   ],
 )
 def test_impossible_schedules_are_refused(changes, words):
   own = {f"method.alpha_flow.{key}": value for key, value in changes.items()}
   with pytest.raises(ValueError, match=words):
-    build.method(tiny_config(CHANGES | own))
+    train_step(tiny_config(CHANGES | own), mesh_of(1, 1))
+
+
+def test_alpha_is_among_the_metrics():
+  x, y = data()
+  network = tiny.mlp(tiny.mlp_params(pixels=16, labels=4))
+  assert METHOD.objective(network, x, y, draws_of(METHOD, 0.25))[1]["alpha"] == 0.25

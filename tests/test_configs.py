@@ -2,7 +2,9 @@
 
 import ast
 import importlib
+import inspect
 import pathlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -256,6 +258,8 @@ def test_every_key_is_read():
       fields = kind.__dataclass_fields__.keys()
       own = flat(schema[section].get(name, ConfigDict())).keys()
       assert own <= fields, f"{section}.{name}"
+      source = "".join(inspect.getsource(base) for base in kind.__mro__ if base is not object)
+      assert all(re.search(rf"self\.{key}\b", source) for key in own), f"{section}.{name}"
       read |= {f"{section}.{name}.{key}" for key in own} | {f"{section}.{key}" for key in fields}
   dead = {
     key

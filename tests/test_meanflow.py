@@ -171,6 +171,13 @@ def test_guidance_may_begin_later(step):
   )
 
 
+def test_guidance_that_would_never_begin_is_refused():
+  method = tiny.meanflow(equal_fraction=0.5, guidance={"omega": 2.0, "from_step": 5})
+  method.check_steps(6)
+  with pytest.raises(ValueError, match=r"from_step 5 is not within train\.steps 5"):
+    method.check_steps(5)
+
+
 @pytest.mark.parametrize("fraction", [0.0, 0.5, 1.0])
 def test_the_true_flow_is_where_the_expected_gradient_vanishes(fraction):
   """Of a flow a u, scaled by a number: at a = 1 for random data and noise, and not at 0.8."""

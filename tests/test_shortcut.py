@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from meanflow_jax import build
-from meanflow_jax.arrays import Image, Label
+from meanflow_jax.arrays import Image, Label, told, with_dropout
 from meanflow_jax.methods.meanflow import Rows
 from meanflow_jax.methods.shortcut import Shortcut
 from tests import tiny
@@ -22,8 +22,15 @@ KEY = jax.random.key(0)
 FLOW = GaussianFlow(means=(0.7,), s=0.4)
 
 
-def shortcut(*, steps: int = 128, fraction: float = 0.5, p: float = 1.0) -> Shortcut:
-  return Shortcut(**vars(tiny.meanflow(equal_fraction=fraction, p=p)), steps=steps)
+def shortcut(
+  *,
+  steps: int = 128,
+  fraction: float = 0.5,
+  p: float = 1.0,
+  guidance: dict[str, float] | None = None,
+) -> Shortcut:
+  meanflow = tiny.meanflow(equal_fraction=fraction, p=p, guidance=guidance)
+  return Shortcut(**vars(meanflow), steps=steps)
 
 
 def data(batch: int = BATCH) -> tuple[Image, Label]:
@@ -103,9 +110,10 @@ def test_it_is_the_plain_formula_for_any_network():
   jax.tree.map(compare, ours, jax.grad(plain)(params))
 
 
-def test_it_costs_what_it_says():
-  """Of rows with r < t, two evaluations for the target."""
-  method, (x, y) = shortcut(), data()
+@pytest.mark.parametrize("guidance", [{}, {"omega": 0.4, "kappa": 0.5}, {"omega": 2.0}])
+def test_it_costs_what_it_says(guidance):
+  """Of rows with r < t, two evaluations for the target; guidance of the others alone."""
+  method, (x, y) = shortcut(guidance=guidance), data()
   rows: collections.Counter[str] = collections.Counter()
 
   def network(z: Image, r: Any, t: Any, y: Label) -> Image:
@@ -113,8 +121,58 @@ def test_it_costs_what_it_says():
     return z
 
   jax.eval_shape(lambda: method.loss(network, KEY, x, y))
-  assert rows["seen"] == BATCH + 2 * BATCH // 2
+  assert rows["seen"] == BATCH + 2 * BATCH // 2 + (BATCH // 2 if guidance else 0)
   assert method.flops(lambda: 1.0) * BATCH == rows["seen"] + 2 * BATCH
+
+
+@pytest.mark.usefixtures("float64")
+def test_rows_with_r_equal_to_t_are_guided_as_in_meanflow():
+  settings = {"equal_fraction": 0.5, "dropout": 0.3, "guidance": {"omega": 0.4, "kappa": 0.5}}
+  meanflow, (x, y) = tiny.meanflow(**settings), data()
+  method = Shortcut(**vars(meanflow))
+  draws = meanflow.draw(KEY, x, y)
+  network, v = tiny.mlp(tiny.mlp_params(pixels=16, labels=4)), draws.noise - x
+  z = x + per_image(draws.t) * v
+  rows, t = meanflow.rows, draws.t
+  u_equal = rows.split(network(z, t, t, y))[0]
+  ours, theirs = (
+    rows.split(kind.guided_velocity(network, z, v, y, draws, u_equal))
+    for kind in (method, meanflow)
+  )
+  np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-12)
+  np.testing.assert_array_equal(ours[1], rows.split(v)[1])
+  assert jnp.abs(ours[0] - rows.split(v)[0]).max() > 0.1
+
+
+def test_targets_are_those_of_a_network_without_dropout():
+  method, (x, y) = shortcut(), data()
+  keys = jax.random.split(KEY, BATCH)
+  seen = []
+
+  def network(z: Image, r: Any, t: Any, y: Label) -> Image:
+    seen.append((z.shape[0], told(y).dropout is not None))
+    return z
+
+  method.loss(network, KEY, x, with_dropout(y, keys))
+  half = BATCH // 2
+  assert sorted(seen) == [(half, False), (half, False), (half, True), (half, True)]
+
+
+@pytest.mark.usefixtures("float64")
+def test_sampling_takes_steps_of_the_lengths_that_are_taught():
+  """And Euler's where they are the shortest, at r = t."""
+  x, _ = data()
+  y, asked = jnp.zeros(BATCH, jnp.int32), []
+
+  def network(z: Image, r: Any, t: Any, y: Label) -> Image:
+    asked.append(float(t[0] - r[0]))
+    return FLOW(z, r, t, y)
+
+  method = shortcut(steps=8)
+  for t, r in ((1.0, 0.5), (0.5, 0.25), (0.25, 0.125)):
+    at = lambda time: jnp.full(BATCH, time)
+    x = method.step(network, x, at(t), at(r), y)
+  assert asked == [0.5, 0.25, 0.0]
 
 
 # The run.

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from meanflow_jax import build, evaluate, sample, train
+from meanflow_jax import build, evaluate, sample, storage, train
 from meanflow_jax.data.sources import Digits, Source
 from meanflow_jax.data.transforms import Example
 from meanflow_jax.runtime.reporting import NonFiniteError, Report
@@ -77,7 +77,8 @@ def test_a_run_leaves_everything_where_others_look_for_it(whole: Whole) -> None:
   assert made.items() <= row.items()
   assert row["labels"] == "balanced"
   assert row["rounding"] == "meanflow"
-  assert row["guidance"] == tiny().method.guidance.to_dict()
+  assert row["guidance"] == storage.trained_guidance(tiny().method.to_dict())
+  assert row["guidance"].keys() == {"omega", "kappa", "t_start", "t_end"}
   assert row["conventions"] == {"pixels": "pixels at most 16 wide"}
   assert row["references"]["pixels"]["count"] == 1500
   assert row["figures"].keys() == {"frechet_pixels"}
@@ -224,10 +225,21 @@ def test_sampling_draws_the_last_grid_of_training(
 
 
 @on_many
-def test_flow_matching_and_meanflow_are_not_taken_for_each_other(
-  whole: Whole, tmp_path: pathlib.Path
+@pytest.mark.parametrize(
+  ("changes", "words"),
+  [
+    ({"method.times.equal_fraction": 1.0}, r"equal_fraction 0.5, .* says 1.0"),
+    ({"method.name": "shortcut"}, r"method.name 'meanflow', .* says 'shortcut'"),
+    (
+      {"sample.guidance.omega": 2.0, "method.guidance.omega": 1.0, "method.guidance.kappa": 0.0},
+      r"omega': 0.62.* says .*omega': 1.0.*the keys of training",
+    ),
+  ],
+)
+def test_a_checkpoint_is_sampled_by_the_method_that_trained_it(
+  whole: Whole, tmp_path: pathlib.Path, changes: dict[str, Any], words: str
 ) -> None:
-  config, words = tiny({"method.times.equal_fraction": 1.0}), r"equal_fraction 0.5, .* says 1.0"
+  config = tiny(changes)
   with devices(*whole.mesh), pytest.raises(build.UserError, match=words):
     sample.run(config, whole.workdir, tmp_path / "x.png")
   assert not list(tmp_path.iterdir())
@@ -261,9 +273,32 @@ def test_a_run_starts_from_the_average_of_another(
   assert logged(tmp_path / "run")[-1]["step"] == 3
 
 
-def test_where_there_is_nothing_to_start_from_nothing_starts(tmp_path: pathlib.Path) -> None:
-  with pytest.raises(build.UserError, match=r"train.start_from: no checkpoint in .*nowhere"):
-    train.run(tiny({"train.start_from": str(tmp_path / "nowhere")}), tmp_path / "run")
+@pytest.mark.parametrize("decays", [(0.999,), (0.5,)])
+def test_where_there_is_nothing_to_start_from_nothing_starts(
+  tmp_path: pathlib.Path, decays: tuple[float, ...]
+) -> None:
+  start = {"train.start_from": str(tmp_path / "nowhere"), "sample.ema": decays[0]}
+  with pytest.raises(build.UserError, match=r"no checkpoint in .*nowhere.*train.start_from"):
+    train.run(tiny(start | {"ema.decays": decays}), tmp_path / "run")
+  assert not any(path.is_file() for path in (tmp_path / "run" / "checkpoints").rglob("*"))
+  assert "metrics.jsonl" not in names(tmp_path / "run")
+
+
+def test_a_run_starts_from_checkpoints_that_lie_elsewhere(
+  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """Given by a relative path, as it may be."""
+  monkeypatch.chdir(tmp_path)
+  with devices(*ONE):
+    train.run(tiny({"train.steps": 3, "checkpoint.path": "store"}), tmp_path / "first")
+    start = {"train.start_from": "store", "checkpoint.path": "other"}
+    train.run(tiny(FINE | start), tmp_path / "second")
+  average, ours = (
+    saved_state(tmp_path / folder, step, tiny(FINE))
+    for folder, step in (("store", 3), ("other", 1))
+  )
+  compare = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6)
+  jax.tree.map(compare, ours.params, average.ema["0.999"])
 
 
 @on_many

@@ -10,7 +10,7 @@ from jax.lax import stop_gradient
 from meanflow_jax.arrays import Image, Label, PRNGKey, Scalar, Time, VelocityFn, per_row
 from meanflow_jax.methods import meanflow
 from meanflow_jax.methods.meanflow import MeanFlow, Rows
-from meanflow_jax.methods.method import Step
+from meanflow_jax.methods.method import Metrics, Step
 
 
 @no_type_check  # what jax.tree.map puts in an array's place is no array
@@ -53,6 +53,15 @@ class AlphaFlow(MeanFlow):
         f"{self.sharpness} and {self.clamp}"
       )
 
+  def check_steps(self, total: int) -> None:
+    """Raises a ValueError if guidance would never begin, or alpha not come to 0."""
+    super().check_steps(total)
+    if self.anneal_to > total:
+      raise ValueError(
+        f"method.alpha_flow.anneal_to {self.anneal_to} is beyond train.steps {total}: alpha would "
+        f"not come to 0; give --config.method.alpha_flow.anneal_to={total}, or less"
+      )
+
   def alpha(self, step: Step) -> Scalar:
     """alpha at a step (section 4.2 of the paper)."""
     middle, length = (self.anneal_from + self.anneal_to) / 2, self.anneal_to - self.anneal_from
@@ -64,6 +73,13 @@ class AlphaFlow(MeanFlow):
     """Draws all random numbers of one step for data x with labels y, and takes its alpha."""
     drawn = super().draw(key, x, y, step)
     return Draws(**vars(drawn), alpha=jnp.full(x.shape[:1], self.alpha(step)))
+
+  def objective(
+    self, network_fn: VelocityFn, x: Image, y: Label, draws: Draws
+  ) -> tuple[Scalar, Metrics]:
+    """That of `MeanFlow`, with alpha among the metrics."""
+    loss, metrics = super().objective(network_fn, x, y, draws)
+    return loss, metrics | {"alpha": draws.alpha[0]}
 
   def average_velocity(
     self, velocity_fn: VelocityFn, rows: Rows, v: Image, draws: Draws

@@ -138,6 +138,14 @@ class MeanFlow(Method):
     """Whether the velocity without class has a part in it."""
     return self.guidance.needs_unconditional
 
+  def check_steps(self, total: int) -> None:
+    """Raises a ValueError if guidance would never begin."""
+    if self.guidance.from_step >= total:
+      raise ValueError(
+        f"method.guidance.from_step {self.guidance.from_step} is not within train.steps {total}: "
+        "guidance would never begin"
+      )
+
   @property
   def forward_passes(self) -> float:
     """What one step costs, in forward passes of its batch; a backward pass counts as two.

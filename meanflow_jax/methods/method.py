@@ -44,6 +44,9 @@ class Method(abc.ABC):
     """Whether a velocity without class, which dropped labels teach, has a part in that."""
     return self.is_guided
 
+  def check_steps(self, total: int) -> None:  # noqa: B027 most methods have nothing to check
+    """Raises a ValueError if something would not happen within so many steps of training."""
+
   @abc.abstractmethod
   def draw(self, key: PRNGKey, x: Image, y: Label, step: Step = 0) -> Any:
     """Draws all random numbers of one step, and all that changes in the course of training.

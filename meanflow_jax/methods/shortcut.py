@@ -7,9 +7,18 @@ import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
-from meanflow_jax.arrays import Image, Label, PRNGKey, VelocityFn, per_row
-from meanflow_jax.methods.meanflow import Draws, MeanFlow, Rows
+from meanflow_jax.arrays import (
+  Image,
+  Label,
+  PRNGKey,
+  Time,
+  VelocityFn,
+  per_row,
+  without_dropout,
+)
+from meanflow_jax.methods.meanflow import Draws, EqualRows, MeanFlow, Rows
 from meanflow_jax.methods.method import Step
+from meanflow_jax.methods.row_groups import RowGroups
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +27,9 @@ class Shortcut(MeanFlow):
 
   Where r < t, u(z_t, r, t) is regressed to the average velocity of two steps of half the length by
   the network itself. Lengths are 1, 1/2, 1/4, ..., each as likely; steps as short as 1 / `steps`
-  are those of flow matching.
+  are those of flow matching. Only these lengths are taught: sample in 1, 2, 4, ... equal steps.
+  Errors should not be weighted (weight.p = 0), as published: those of rows with r < t are small,
+  and an adaptive weight lets them run away with the network.
 
   Attributes:
     steps: how many of the shortest steps there are from noise to data, a power of two.
@@ -32,9 +43,11 @@ class Shortcut(MeanFlow):
       raise ValueError(f"method.shortcut.steps must be 2, 4, 8, ..., got {self.steps}")
 
   def flops(self, forward: Callable[..., float]) -> float:
-    """What a step costs for each row, from what a forward pass costs: of those with r < t two more
-    instead of a JVP."""
-    return super().flops(forward) + self.rows.rest / self.rows.size * forward()
+    """What a step costs for each row, from what a forward pass costs: two for the target of rows
+    with r < t, and of guidance one for the others."""
+    ahead = self.rows.rest / self.rows.size
+    guidance = (1 - ahead) * self.guidance.needs_unconditional
+    return (3 + 2 * ahead + guidance) * forward()
 
   def draw(self, key: PRNGKey, x: Image, y: Label, step: Step = 0) -> Draws:
     """Draws all random numbers of one step for data x with labels y; all steps are alike."""
@@ -47,22 +60,41 @@ class Shortcut(MeanFlow):
       r=jnp.where(equal, draws.r, place / count), t=jnp.where(equal, draws.t, (place + 1) / count)
     )
 
+  def guided_velocity(
+    self, velocity_fn: VelocityFn, z: Image, v: Image, y: Label, draws: Draws, u_equal: EqualRows
+  ) -> Image:
+    """That of `MeanFlow` where r = t; no target of other rows asks for it."""
+    equal, (_, rest, _, _) = draws.rows.split((z, v, y, draws))
+    z, v, y, draws_equal = equal
+    draws_equal = draws_equal.replace(rows=RowGroups(size=1, first=1))
+    guided = super().guided_velocity(velocity_fn, z, v, y, draws_equal, u_equal)
+    return draws.rows.merge(guided, rest)
+
   def average_velocity(
     self, velocity_fn: VelocityFn, rows: Rows, v: Image, draws: Draws
   ) -> tuple[Image, Image]:
     """u(z, r, t) of the rows with r < t, and its target, the mean of two shorter steps.
 
-    The shortest steps ask the network at r = t, where data teach it, and not where nothing does.
+    The target is that of a network without dropout.
     """
     del v, draws
-    middle = (rows.r + rows.t) / 2
-    shortest = rows.t - middle < 1.5 / self.steps
-    start = lambda r, t: jnp.where(shortest, t, r)
-    step = lambda z, r, t: stop_gradient(velocity_fn(z, start(r, t), t, rows.y_in))
-    first = step(rows.z, middle, rows.t)
+    middle, y = (rows.r + rows.t) / 2, without_dropout(rows.y_in)
+    half = lambda z, t, r: stop_gradient(velocity_fn(z, self._start(t, r), t, y))
+    first = half(rows.z, rows.t, middle)
     reached = rows.z - per_row(rows.t - middle) * first
     u = velocity_fn(rows.z, rows.r, rows.t, rows.y_in)
-    return u, (first + step(reached, rows.r, middle)) / 2
+    return u, (first + half(reached, middle, rows.r)) / 2
+
+  def step(self, velocity_fn: VelocityFn, z: Image, t: Time, r: Time, y: Label) -> Image:
+    """One sampling step from t to r < t; of those lengths that are taught, best between multiples.
+
+    The shortest are Euler's.
+    """
+    return z - per_row(t - r) * velocity_fn(z, self._start(t, r), t, y)
+
+  def _start(self, t: Time, r: Time) -> Time:
+    """r, but t for the shortest steps: there data teach the network."""
+    return jnp.where(t - r < 1.5 / self.steps, t, r)
 
 
 METHOD = Shortcut
