@@ -28,9 +28,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from tests.runs import comparable, saved_state, start_together
 
-STEPS, EVALUATE_EVERY = 120, 10
+EVALUATE_EVERY = 10
 CHANGES = {
-  "train.steps": STEPS,
   "train.log_every": 1,
   "train.checkpoint_every": 8,
   "train.sample_every": 0,
@@ -50,6 +49,7 @@ class Toll:
   """What the kills cost.
 
   Attributes:
+    steps: of the run.
     kills: by the moment at which they came.
     missed: lives that came to the run's end before their moment.
     steps_repeated: done again, for they were in no checkpoint.
@@ -59,6 +59,7 @@ class Toll:
     bitwise: whether not one bit of them differs.
   """
 
+  steps: int
   kills: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
   missed: int = 0
   steps_repeated: int = 0
@@ -72,7 +73,7 @@ class Toll:
       [
         f"kills survived               {self.kills.total()} ({kinds})",
         f"ended before their kill      {self.missed}",
-        f"steps repeated               {self.steps_repeated} of {STEPS}",
+        f"steps repeated               {self.steps_repeated} of {self.steps}",
         f"bytes lost                   {self.bytes_lost}",
         f"largest relative difference  {self.difference:.2g}",
         f"bitwise equal                {self.bitwise}",
@@ -80,10 +81,12 @@ class Toll:
     )
 
 
-def drill(folder: pathlib.Path, kills: int, processes: tuple[int, ...], seed: int) -> Toll:
+def drill(
+  folder: pathlib.Path, kills: int, processes: tuple[int, ...], seed: int, steps: int
+) -> Toll:
   """Trains undisturbed with the first number of processes, and once more with kills."""
-  calm, rough, toll, rng = folder / "calm", folder / "rough", Toll(), random.Random(seed)
-  live(calm, processes[0])
+  calm, rough, toll, rng = folder / "calm", folder / "rough", Toll(steps), random.Random(seed)
+  live(calm, processes[0], steps)
   counts = itertools.cycle(processes)
   for phase in itertools.islice(itertools.cycle(rng.sample(PHASES, len(PHASES))), kills):
     if live_until(phase, rough, next(counts), rng, toll):
@@ -91,14 +94,14 @@ def drill(folder: pathlib.Path, kills: int, processes: tuple[int, ...], seed: in
     else:
       toll.missed += 1
   before = whole_checkpoints(rough), last_step(rough)
-  account(toll, rough, *before, live(rough, next(counts)))
+  account(toll, rough, *before, live(rough, next(counts), steps))
   compare(toll, rough, calm)
   return toll
 
 
-def live(workdir: pathlib.Path, count: int) -> str:
+def live(workdir: pathlib.Path, count: int, steps: int) -> str:
   """Lets a run come to its end; what its first process said."""
-  life = start_together(workdir, count, changes=CHANGES)
+  life = start_together(workdir, count, changes=CHANGES | {"train.steps": steps})
   ends = [process.communicate(timeout=PATIENCE) for process in life]
   assert {process.returncode for process in life} == {0}, "\n".join(ends[0] + ends[-1])
   return ends[0][0]
@@ -110,7 +113,7 @@ def live_until(
   """Lets a run live until it is killed in a phase; False if it came to its end before."""
   checkpoints, reached = whole_checkpoints(workdir), last_step(workdir)
   moment = Moment(workdir, max(checkpoints, default=0), rng)
-  life = start_together(workdir, count, changes=CHANGES)
+  life = start_together(workdir, count, changes=CHANGES | {"train.steps": toll.steps})
   deadline = time.monotonic() + PATIENCE
   while not moment.has_come(phase) and any(process.poll() is None for process in life):
     assert time.monotonic() < deadline, f"no {phase} within {PATIENCE} s"
@@ -208,7 +211,7 @@ def size(files: Contents) -> int:
 
 def compare(toll: Toll, workdir: pathlib.Path, undisturbed: pathlib.Path) -> None:
   """Holds the last checkpoints of two runs against each other."""
-  ours, theirs = saved_state(workdir, STEPS), saved_state(undisturbed, STEPS)
+  ours, theirs = (saved_state(folder, toll.steps) for folder in (workdir, undisturbed))
   for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
     toll.bitwise &= x.tobytes() == y.tobytes()
   for x, y in zip(*map(jax.tree.leaves, map(comparable, (ours, theirs))), strict=True):
@@ -221,10 +224,11 @@ def main() -> None:
   parser.add_argument("--kills", type=int, default=20)
   parser.add_argument("--processes", default="2", help="of the lives in turn, e.g. 4,2,4")
   parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--steps", type=int, default=120, help="of the run")
   arguments = parser.parse_args()
   counts = tuple(map(int, arguments.processes.split(",")))
   with tempfile.TemporaryDirectory() as folder:
-    toll = drill(pathlib.Path(folder), arguments.kills, counts, arguments.seed)
+    toll = drill(pathlib.Path(folder), arguments.kills, counts, arguments.seed, arguments.steps)
   print(toll)
   sys.exit(toll.bytes_lost > 0)
 

@@ -169,12 +169,12 @@ def test_without_rows_ahead_it_is_flow_matching():
 CHANGES = {"method.name": "alpha_flow", "method.alpha_flow.anneal_to": 4, "train.steps": 4}
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_any_number_of_devices_trains_the_same(accumulate):
+def test_devices_and_microbatches_change_no_number():
   """Through all phases."""
-  config = tiny_config(CHANGES | {"train.accumulate": accumulate, "train.batch_size": 32})
-  one, many = (stepped(config, mesh_of(*mesh), 5) for mesh in ((1, 1), (4, 2)))
-  assert_close(many, one, rtol=1e-4)
+  config = tiny_config(CHANGES | {"train.batch_size": 32})
+  one = stepped(config, mesh_of(1, 1), 5)
+  config.train.accumulate = 2
+  assert_close(stepped(config, mesh_of(4, 2), 5), one, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -179,12 +179,14 @@ def test_a_step_costs_three_and_a_quarter_forward_passes():
 # A run.
 
 
+@pytest.mark.slow
 def test_a_small_network_learns_digits(trained):
   lines = logged(trained)
   first, last = (np.mean([line["error"] for line in part]) for part in (lines[:2], lines[-2:]))
   assert last < 0.8 * first
 
 
+@pytest.mark.slow
 def test_each_average_is_measured(trained):
   decays = (0.9, 0.99, 0.0)
   evaluate.run(run_config(evaluate__count=32, evaluate__ema=decays), trained)
@@ -193,6 +195,7 @@ def test_each_average_is_measured(trained):
   assert len({row["figures"]["frechet_pixels"] for row in rows}) == len(decays)
 
 
+@pytest.mark.slow
 def test_an_exported_generator_makes_the_images_of_the_run(trained, tmp_path):
   config = run_config(sample__count=16)
   sample.run(config, trained, tmp_path / "images.npz")
@@ -309,6 +312,7 @@ def test_mistakes(changes, words, tmp_path):
   assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_network_is_refused(trained, tmp_path):
   for changes, words in (
     ({"model__unet__width": 16}, "model.unet.width: checkpoint 8, this run 16"),
@@ -322,6 +326,7 @@ def test_a_checkpoint_of_another_network_is_refused(trained, tmp_path):
       sample.run(run_config(**changes), trained, tmp_path / "x.npz")
 
 
+@pytest.mark.slow
 def test_what_is_free_to_change_may_change(trained, tmp_path):
   def drawn(name, **changes):
     sample.run(run_config(**changes, sample__count=4), trained, tmp_path / f"{name}.npz")

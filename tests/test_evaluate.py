@@ -21,6 +21,7 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 DECODED = (16, 16, 3)  # of latents of 8 x 8, by the tiny autoencoder
 Rows = list[dict[str, Any]]
 ALL = ("frechet", "kid", "precision_recall")
+FREE = {"method.guidance.omega": 1.0, "method.guidance.kappa": 0.0}  # for it when sampling
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -32,7 +33,7 @@ def _one_device() -> Any:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
   workdir = tmp_path_factory.mktemp("trained") / "run"
-  train.run(tiny({"evaluate.count": 0}), workdir)
+  train.run(tiny(FREE | {"evaluate.count": 0}), workdir)
   return workdir
 
 
@@ -43,8 +44,7 @@ def workdir(trained: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
 
 def evaluated(workdir: pathlib.Path, **changes: Any) -> Rows:
   """The rows that an evaluation stores, of changes to the section `evaluate`."""
-  free = {"method.guidance.omega": 1.0, "method.guidance.kappa": 0.0}  # for it when sampling
-  evaluate.run(tiny(free | {f"evaluate.{k}": value for k, value in changes.items()}), workdir)
+  evaluate.run(tiny(FREE | {f"evaluate.{k}": value for k, value in changes.items()}), workdir)
   return json.loads((workdir / "figures" / "step_0000008.json").read_text())
 
 

@@ -459,8 +459,9 @@ def test_a_process_that_fails_ends_the_others(machine: Machine) -> None:
 
 
 def test_a_process_that_is_killed_restarts_all(machine: Machine) -> None:
-  first = 'if ! [[ -e "$HERE/again" ]]; then [[ "$id" == 1 ]] || wait_here; '
-  machine.command("python", PROCESS + first + 'wait_for 0; touch "$HERE/again"; kill -KILL $$; fi')
+  waits = 'if [[ "$id" == 0 ]]; then touch "$HERE/ready.first"; wait_here; fi; '
+  dies = 'wait_for first; touch "$HERE/again"; kill -KILL $$; '
+  machine.command("python", f'{PROCESS}if ! [[ -e "$HERE/again" ]]; then {waits}{dies}fi')
   result = machine.run("gpu_node.sh", *TRAIN, PROCESSES=2)
   assert result.returncode == 0, result.stderr
   assert "status 137" in result.stderr

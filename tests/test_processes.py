@@ -173,7 +173,7 @@ def test_the_loss_of_a_process_ends_the_others_within_a_minute(tmp_path: pathlib
 
 @pytest.mark.slow
 def test_kills_at_any_moment_change_not_one_bit(tmp_path: pathlib.Path) -> None:
-  toll = drill(tmp_path, kills=4, processes=(2,), seed=0)
+  toll = drill(tmp_path, kills=4, processes=(2,), seed=0, steps=100)
   assert toll.kills.total() == 4
   assert toll.bytes_lost == 0
   assert toll.bitwise
@@ -181,7 +181,7 @@ def test_kills_at_any_moment_change_not_one_bit(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.slow
 def test_kills_and_other_numbers_of_processes_change_but_rounding(tmp_path: pathlib.Path) -> None:
-  toll = drill(tmp_path, kills=2, processes=(4, 2, 4), seed=5)
+  toll = drill(tmp_path, kills=2, processes=(4, 2, 4), seed=5, steps=60)
   assert toll.kills.total() == 2
   assert toll.bytes_lost == 0
   assert toll.difference < 1e-3

@@ -254,6 +254,7 @@ FINE = {
 }
 
 
+@on_many
 def test_a_run_starts_from_the_average_of_another(
   whole: Whole, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
