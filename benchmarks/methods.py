@@ -1,6 +1,6 @@
 """The methods on the digits, each trained for the same time: a table and a picture.
 
-  python benchmarks/methods.py [--seconds=120] [--workdir=runs/methods] [--out=runs/methods.png]
+  python benchmarks/methods.py [--seconds=90] [--workdir=runs/methods] [--out=runs/methods.png]
     [--only=NAME,NAME]
 
 How many steps a method gets is found by meanflow_jax.benchmark; then each is a run of main.py.
@@ -20,7 +20,7 @@ from reading import ROOT, recognised, rows_of, run_main, samples, train_reader
 
 from meanflow_jax.runtime.reporting import table
 
-SECONDS = flags.DEFINE_float("seconds", 120, "Of training, for each method.", lower_bound=1)
+SECONDS = flags.DEFINE_float("seconds", 90, "Of training, for each method.", lower_bound=1)
 WORKDIR = flags.DEFINE_string("workdir", "runs/methods", "Where the runs go.")
 ONLY = flags.DEFINE_list("only", [], "Names of methods; all without.")
 OUT = flags.DEFINE_string("out", "runs/methods.png", "The picture.")
@@ -134,16 +134,19 @@ def rows(name: str, steps: str, found: dict[int, tuple[float, float]]) -> list[d
 
 def draw(found: dict[str, dict[int, tuple[float, float]]]) -> None:
   figure = Figure(figsize=(10, 4), layout="constrained")
-  titles = "Frechet distance of pixels", "not read as the wanted digit"
-  for place, title in enumerate(titles, 1):
-    axes = figure.add_subplot(1, 2, place, title=title, xlabel="steps of sampling (NFE)")
+  titles = "Frechet distance of pixels", "not read as the wanted digit, %"
+  panels = figure.subplots(1, 2)
+  for place, (axes, title) in enumerate(zip(panels, titles, strict=True)):
     for name, by_nfe in found.items():
-      values = [distance if place == 1 else 1 - share for distance, share in by_nfe.values()]
+      values = [(distance, 100 * (1 - share))[place] for distance, share in by_nfe.values()]
       axes.plot([*by_nfe], values, marker="o", label=name)
-    axes.set(xscale="log", yscale="log", xticks=MANY, xticklabels=MANY)
+    axes.set(title=title, xlabel="steps of sampling (NFE)", xscale="log")
+    axes.set_xticks(MANY, labels=MANY)
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-  axes.legend(fontsize="small")
+  panels[0].set_yscale("log", base=2)
+  panels[0].yaxis.set_major_formatter("{x:g}")
+  panels[1].legend(fontsize="small")
   pathlib.Path(OUT.value).parent.mkdir(parents=True, exist_ok=True)
   figure.savefig(OUT.value, dpi=110)
 
