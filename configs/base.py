@@ -55,9 +55,9 @@ def get_config() -> ConfigDict:
   model.name = "dit"
   model.patch_size = 2
   model.update(DIT["B"])
-  model.conditioning = ("t", "h")  # which of t, h = t - r and r are embedded (dit)
+  model.conditioning = ("t", "h")  # which of t, h = t - r and r the network is told
   model.time_frequencies = 256  # sinusoids of a time's embedding
-  model.positions = "sincos"  # sincos | learned (dit)
+  model.positions = "sincos"  # added to patches: none | sincos | learned
   model.dtype = "float32"  # of computation: float32 | bfloat16; parameters are always float32
   # auto: fused on TPUs and NVIDIA GPUs | plain: as XLA compiles it | pallas: fused, or an error
   # where it cannot run
@@ -81,7 +81,7 @@ def get_config() -> ConfigDict:
   in_context.class_tokens = 8  # that say the label
   in_context.omega_tokens = 4  # the guidance scale
   in_context.interval_tokens = 2  # each end of its interval
-  in_context.time_tokens = 4  # h = t - r
+  in_context.time_tokens = 4  # each of the times
 
   config.method = method = ConfigDict()
   # meanflow | improved_meanflow | alpha_flow | shortcut: a file in meanflow_jax/methods

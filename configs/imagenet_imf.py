@@ -22,6 +22,7 @@ def get_config() -> ConfigDict:
   """The shared part, with a B/2 and no guidance when sampling."""
   config = imagenet.get_config()
   config.model.update(SIZES["B"], name="in_context_dit", patch_size=2)
+  config.model.update(conditioning=("h",), positions="none")
   config.method.name = "improved_meanflow"
   config.method.times.equal_fraction = 0.5
   config.train.batch_size = 1024

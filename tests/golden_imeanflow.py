@@ -42,6 +42,8 @@ def network(meta: dict[str, Any]) -> InContextDiT:
     depth=net["depth"],
     num_heads=net["num_heads"],
     num_classes=meta["data"]["num_classes"],
+    conditioning=("h",),
+    positions="none",
     head_depth=net["aux_head_depth"],
     class_tokens=net["num_class_tokens"],
     omega_tokens=net["num_cfg_tokens"],

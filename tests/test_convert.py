@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from meanflow_jax import build, convert, storage
-from meanflow_jax.models import dit_layouts
+from meanflow_jax.models import dit_layouts, in_context_layouts
 from meanflow_jax.models.embeddings import sincos_positions
 from meanflow_jax.runtime.mesh import shardings_of
 from meanflow_jax.runtime.weights import Weights, read_meanflow, read_safetensors, read_state_dict
@@ -38,7 +38,7 @@ from tests.runs import (
   tiny,
   train_step,
 )
-from tests.tiny import dit, random_params
+from tests.tiny import dit, in_context_dit, random_params
 
 GOLDEN = ROOT / "tests" / "golden"
 REFERENCE = GOLDEN / "meanflow_checkpoint"
@@ -59,6 +59,8 @@ SHAPE = (8, 8, 4)
 IMPROVED = {
   "model.name": "in_context_dit",
   "model.depth": 3,
+  "model.conditioning": ("h",),
+  "model.positions": "none",
   "model.in_context_dit.head_depth": 2,
   "model.in_context_dit.class_tokens": 3,
   "model.in_context_dit.omega_tokens": 2,
@@ -408,6 +410,12 @@ def test_all_that_does_not_fit_is_listed(layout):
 def test_a_network_that_such_files_do_not_hold_is_refused(changes):
   with pytest.raises(ValueError, match=r"model\.conditioning .* model\.positions"):
     dit_layouts.from_sit(dit(**changes), SHAPE, sit_tensors())
+
+
+@pytest.mark.parametrize("changes", [{"positions": "learned"}, {"conditioning": ("t", "h")}])
+def test_what_the_reference_of_improved_meanflow_has_not_is_refused(changes):
+  with pytest.raises(ValueError, match=r"model\.conditioning .* model\.positions"):
+    in_context_layouts.from_imeanflow(in_context_dit(**changes), SHAPE, {})
 
 
 def test_a_mistake_leaves_no_folder(tmp_path):

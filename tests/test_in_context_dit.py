@@ -114,10 +114,12 @@ def test_sampling_needs_nothing_of_the_auxiliary_head():
   assert count(heads["u"]) == count(heads["v"]) > 0
 
 
-def test_every_parameter_and_every_input_takes_effect():
-  """But for t: the network is told h alone."""
-  network = tiny.in_context_dit()
+@pytest.mark.parametrize("more", [{}, {"conditioning": ("t", "h"), "positions": "learned"}])
+def test_every_parameter_and_every_input_takes_effect(more):
+  """But for t, where the network is told h alone."""
+  network = tiny.in_context_dit(**more)
   params = tiny.random_params(network, IMAGE)
+  assert ("positions" in params) == ("positions" in more)
   z, t, h, y = inputs()
 
   def total(params: Any, z: Any, t: Any, h: Any, scale: GuidanceScale) -> jax.Array:
@@ -127,7 +129,7 @@ def test_every_parameter_and_every_input_takes_effect():
   slopes = tiny.jit(jax.grad(total, argnums=range(5)))(params, z, t, h, guidance())
   of_params, of_z, of_t, of_h, of_scale = slopes
   assert all(np.any(x != 0) for x in jax.tree.leaves((of_params, of_z)))
-  assert not of_t.any()
+  assert np.all((of_t != 0) == ("t" in network.conditioning))
   assert all(np.all(x != 0) for x in (of_h, *of_scale))
   other = applied(network, params, z, t, h, (y + 1) % 3, guidance())
   assert jnp.abs(other - applied(network, params, z, t, h, y, guidance())).min(axis=(1, 2, 3)).all()
@@ -290,6 +292,8 @@ def test_operations_are_those_that_are_compiled(heads):
     ({"head_depth": 0}, "head_depth 0 must lie between"),
     ({"width": 18, "num_heads": 6}, "divisible by twice model.num_heads 6"),
     ({"omega_tokens": 0}, "omega_tokens must be at least 1"),
+    ({"conditioning": ("t", "x")}, "model.conditioning must be one of"),
+    ({"conditioning": ()}, "model.conditioning is empty"),
     ({"time_frequencies": 7}, "must be even, got 7"),
     ({"remat": "some"}, "model.remat must be one of"),
     ({"dtype": "float16"}, "model.dtype must be one of"),

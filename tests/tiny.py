@@ -84,6 +84,8 @@ def in_context_dit(**changes: Any) -> InContextDiT:
     "depth": 2,
     "num_heads": 2,
     "num_classes": 3,
+    "conditioning": ("h",),
+    "positions": "none",
     "head_depth": 1,
     "class_tokens": 2,
     "omega_tokens": 1,

@@ -8,18 +8,15 @@ from jaxtyping import Array, Float
 
 from meanflow_jax.arrays import Image, Label, Time
 from meanflow_jax.kernels import plain
-from meanflow_jax.models.embeddings import TimeEmbedder, sincos_positions
-from meanflow_jax.models.patches import join_patches, split_patches
-from meanflow_jax.models.rematerialisation import REMAT, name_mixed, rematerialised
+from meanflow_jax.models.embeddings import TimeEmbedder
+from meanflow_jax.models.patches import join_patches
+from meanflow_jax.models.rematerialisation import name_mixed
+from meanflow_jax.models.transformer import PatchTransformer, Tokens
 
-Tokens = Float[Array, "B N E"]
 Condition = Float[Array, "B E"]
 # Attention [B, N, E] of queries, keys and values [B, N, 3 E] with a number of heads.
 Mixer = Callable[[Array, int], Array]
 
-TIMES = ("t", "h", "r")
-POSITIONS = ("sincos", "learned")
-DTYPES = ("float32", "bfloat16")
 MLP_RATIO = 4
 
 
@@ -76,59 +73,23 @@ class Block(nn.Module):
     return self.constrain(x), None
 
 
-class DiT(nn.Module):
+class DiT(PatchTransformer):
   """A diffusion transformer over images or latents.
 
-  Parameters are float32; the parameters of the blocks are stacked over layers, so that a
-  checkpoint does not depend on `scan`.
-
   Attributes:
-    patch_size: side of a patch, in pixels.
-    width, depth, num_heads: of the transformer.
-    num_classes: size of the label table without the null class; 0 takes no labels.
-    conditioning: which of t, h = t - r and r are embedded and added up.
-    time_frequencies: sinusoids of a time's embedding.
-    positions: "sincos" or "learned".
-    dtype: the dtype of computation; embeddings of time, norms' statistics, softmax are float32.
-    scan: compile one block and loop over it, instead of unrolling all.
-    remat: what the backward pass recomputes: "none", "matmuls": all but products with weights and
-      the output of a fused attention (so that no attention scores are kept), "blocks": all but the
-      input of each block.
     attention: of queries, keys and values in one array [B, N, 3 E], with a number of heads.
     constrain: fixes the sharding of activations.
   """
 
-  patch_size: int
-  width: int
-  depth: int
-  num_heads: int
-  num_classes: int
-  conditioning: tuple[str, ...]
-  time_frequencies: int
-  positions: str
-  dtype: str
-  scan: bool
-  remat: str
   attention: Mixer = plain.packed
   constrain: Callable[[Array], Array] = lambda x: x
 
   def __post_init__(self):
-    _check_choice("conditioning", TIMES, *self.conditioning)
-    _check_choice("positions", POSITIONS, self.positions)
-    _check_choice("remat", REMAT, self.remat)
-    _check_choice("dtype", DTYPES, self.dtype)
-    if not self.conditioning:
-      raise ValueError(f"model.conditioning is empty; choose from {TIMES}")
-    for name in ("patch_size", "width", "depth", "num_heads"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"model.{name} must be at least 1, got {getattr(self, name)}")
-    if self.time_frequencies < 2 or self.time_frequencies % 2:
-      raise ValueError(f"model.time_frequencies must be even, got {self.time_frequencies}")
-    if self.width % self.num_heads or self.width % 4:
-      raise ValueError(
-        f"model.width {self.width} must be divisible by 4 and by model.num_heads {self.num_heads}"
-      )
     super().__post_init__()
+    if self.width % self.num_heads:
+      raise ValueError(
+        f"model.width {self.width} must be divisible by model.num_heads {self.num_heads}"
+      )
 
   @nn.compact
   def __call__(self, z: Image, t: Time, h: Time, y: Label) -> Image:
@@ -138,8 +99,10 @@ class DiT(nn.Module):
       ValueError: if the image's sides are not divisible by the patch size.
     """
     condition = self.constrain(self._condition(t, h, y))
-    x = self.constrain(self._embed(z))
-    x = self._transform(x, condition)
+    x = self.constrain(self.embed_patches(z))
+    layers = self.stack(Block, self.depth)
+    layers = layers(self.num_heads, self.dtype, self.attention, self.constrain, name="blocks")
+    x, _ = layers(x, condition)
     return self._unembed(x, condition, z.shape).astype(jnp.float32)
 
   def tokens(self, side: int) -> int:
@@ -158,39 +121,15 @@ class DiT(nn.Module):
 
   def _condition(self, t: Time, h: Time, y: Label) -> Condition:
     """SiLU of the summed embeddings of times and label, the input of every modulation."""
-    times = {"t": t, "h": h, "r": t - h}
     embedded = [
-      TimeEmbedder(self.width, self.time_frequencies, name=f"{name}_embedder")(times[name])
-      for name in self.conditioning
+      TimeEmbedder(self.width, self.time_frequencies, name=f"{name}_embedder")(time)
+      for name, time in self.chosen_times(t, h).items()
     ]
     if self.num_classes:
       init = nn.initializers.normal(0.02)
       table = nn.Embed(self.num_classes + 1, self.width, embedding_init=init, name="label_embedder")
       embedded.append(table(y))
     return nn.silu(sum(embedded)).astype(self.dtype)
-
-  def _embed(self, z: Image) -> Tokens:
-    """Linear patch embeddings plus positions."""
-    x = _dense(self.width, self.dtype, "patch_embedder")(split_patches(z, self.patch_size))
-    rows, columns = (side // self.patch_size for side in z.shape[1:3])
-    if self.positions == "learned":
-      shape = (rows * columns, self.width)
-      positions = self.param("positions", nn.initializers.normal(0.02), shape)
-    else:
-      positions = sincos_positions(rows, columns, self.width)
-    return x + jnp.asarray(positions, self.dtype)[None]
-
-  def _transform(self, x: Tokens, condition: Condition) -> Tokens:
-    layers = nn.scan(
-      rematerialised(Block, self.remat, scan=self.scan),
-      variable_axes={"params": 0},
-      split_rngs={"params": True},
-      in_axes=nn.broadcast,
-      length=self.depth,
-      unroll=1 if self.scan else self.depth,
-    )
-    layers = layers(self.num_heads, self.dtype, self.attention, self.constrain, name="blocks")
-    return layers(x, condition)[0]
 
   def _unembed(self, x: Tokens, condition: Condition, shape: tuple) -> Image:
     """The final modulated projection, back from patches to an image."""
@@ -200,9 +139,3 @@ class DiT(nn.Module):
     features = self.patch_size**2 * shape[-1]
     patches = _dense(features, self.dtype, "final", zero=True)(x)
     return join_patches(patches, self.patch_size, shape)
-
-
-def _check_choice(key: str, choices: tuple[str, ...], *values: str) -> None:
-  for value in values:
-    if value not in choices:
-      raise ValueError(f"model.{key} must be one of {choices}, got {value!r}")

@@ -11,10 +11,10 @@ from jaxtyping import Array, Float
 from meanflow_jax.arrays import GuidanceScale, Image, Label, Time
 from meanflow_jax.kernels import plain
 from meanflow_jax.kernels.rotary import Scales
-from meanflow_jax.models.dit import DTYPES, Tokens
 from meanflow_jax.models.embeddings import TimeEmbedder
-from meanflow_jax.models.patches import join_patches, split_patches
-from meanflow_jax.models.rematerialisation import REMAT, name_mixed, rematerialised
+from meanflow_jax.models.patches import join_patches
+from meanflow_jax.models.rematerialisation import name_mixed
+from meanflow_jax.models.transformer import PatchTransformer, Tokens
 
 # Attention [B, N, E] of queries, keys and values [B, N, 3 E] with a number of heads; queries and
 # keys are normalised, with these scales, and turned by their positions first.
@@ -81,26 +81,17 @@ class Block(nn.Module):
     return self.param(name, nn.initializers.zeros, x.shape[-1:]).astype(self.dtype)[None, None]
 
 
-class InContextDiT(nn.Module):
-  """A transformer that is told label, guidance and h = t - r by tokens before those of the image.
+class InContextDiT(PatchTransformer):
+  """A transformer that is told label, guidance and times by tokens before those of the image.
 
   A trunk carries two heads: u, the average velocity, and v, an auxiliary velocity at t that only
-  training asks for. Parameters are float32; those of blocks are stacked over layers, so that a
-  checkpoint does not depend on `scan`.
+  training asks for. Queries and keys are turned by the positions of all tokens; published networks
+  add none to patches, and are told h alone.
 
   Attributes:
-    patch_size: side of a patch, in pixels.
-    width, num_heads: of the transformer.
-    depth: blocks between input and output: trunk and one head.
-    head_depth: blocks of each head.
-    num_classes: size of the label table without the null class; 0 takes no labels.
+    head_depth: how many of the `depth` blocks between input and output are a head's own.
     class_tokens, omega_tokens, interval_tokens, time_tokens: how many tokens say the label, the
-      guidance scale, each end of its interval, and h.
-    time_frequencies: sinusoids of a number's embedding.
-    dtype: the dtype of computation; embeddings of numbers, norms' statistics, rotations and softmax
-      are float32.
-    scan: compile one block of each stack and loop over it, instead of unrolling all.
-    remat: what the backward pass recomputes, as in `models.dit.DiT`.
+      guidance scale, each end of its interval, and each time.
     attention: of queries, keys and values in one array, with the scales of the norms of the first
       two.
     constrain: fixes the sharding of activations.
@@ -109,30 +100,16 @@ class InContextDiT(nn.Module):
   HEADS: ClassVar[tuple[str, ...]] = ("u", "v")
   TRAINING_ONLY: ClassVar[tuple[str, ...]] = ("v_blocks", "v_norm", "v_out")  # parameters of v
 
-  patch_size: int
-  width: int
-  depth: int
-  num_heads: int
-  num_classes: int
   head_depth: int
   class_tokens: int
   omega_tokens: int
   interval_tokens: int
   time_tokens: int
-  time_frequencies: int
-  dtype: str
-  scan: bool
-  remat: str
   attention: Mixer = plain.turned
   constrain: Callable[[Array], Array] = lambda x: x
 
   def __post_init__(self):
-    for name, choices in (("remat", REMAT), ("dtype", DTYPES)):
-      if getattr(self, name) not in choices:
-        raise ValueError(f"model.{name} must be one of {choices}, got {getattr(self, name)!r}")
-    for name in ("patch_size", "width", "num_heads"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"model.{name} must be at least 1, got {getattr(self, name)}")
+    super().__post_init__()
     for name in ("class_tokens", "omega_tokens", "interval_tokens", "time_tokens"):
       if getattr(self, name) < 1:
         raise ValueError(
@@ -143,13 +120,10 @@ class InContextDiT(nn.Module):
         f"model.in_context_dit.head_depth {self.head_depth} must lie between 1 and model.depth "
         f"{self.depth}, which counts the blocks of trunk and one head"
       )
-    if self.time_frequencies < 2 or self.time_frequencies % 2:
-      raise ValueError(f"model.time_frequencies must be even, got {self.time_frequencies}")
     if self.width % (2 * self.num_heads):
       raise ValueError(
         f"model.width {self.width} must be divisible by twice model.num_heads {self.num_heads}"
       )
-    super().__post_init__()
 
   @nn.compact
   def __call__(
@@ -165,7 +139,7 @@ class InContextDiT(nn.Module):
 
     Args:
       z: what the velocities are of.
-      t: its time, which the network is not told.
+      t: its time.
       h: t - r, the length of the interval that u is the average over.
       y: the label.
       guidance: with which scale, and where in t; None is without guidance.
@@ -175,7 +149,7 @@ class InContextDiT(nn.Module):
       ValueError: if the image's sides are not divisible by the patch size.
     """
     guidance = GuidanceScale.off(t) if guidance is None else guidance
-    x = jnp.concatenate([*self._prefix(h, y, guidance), self._embed(z)], axis=1)
+    x = jnp.concatenate([*self._prefix(t, h, y, guidance), self.embed_patches(z)], axis=1)
     x = self._layers("trunk", self.depth - self.head_depth, self.constrain(x))
     # All parameters are made, whatever is asked for.
     names = self.HEADS if self.is_initializing() else heads or ("u",)
@@ -202,13 +176,14 @@ class InContextDiT(nn.Module):
     """How many tokens say what, in their order."""
     label = {"label": self.class_tokens} if self.num_classes else {}
     interval = dict.fromkeys(("t_min", "t_max"), self.interval_tokens)
-    return label | {"omega": self.omega_tokens} | interval | {"h": self.time_tokens}
+    times = dict.fromkeys(self.conditioning, self.time_tokens)
+    return label | {"omega": self.omega_tokens} | interval | times
 
-  def _prefix(self, h: Time, y: Label, guidance: GuidanceScale) -> list[Array]:
+  def _prefix(self, t: Time, h: Time, y: Label, guidance: GuidanceScale) -> list[Array]:
     """Learned tokens, to each of which the embedding of what it says is added."""
     normal = nn.initializers.normal(1 / math.sqrt(self.width))
     numbers = {"omega": 1 - 1 / guidance.omega, "t_min": guidance.t_min, "t_max": guidance.t_max}
-    numbers["h"] = h
+    numbers |= self.chosen_times(t, h)
 
     def embedded(name: str) -> Float[Array, "B E"]:
       if name == "label":
@@ -224,27 +199,11 @@ class InContextDiT(nn.Module):
       for name, count in self._token_counts().items()
     ]
 
-  def _embed(self, z: Image) -> Tokens:
-    dense = nn.Dense(
-      self.width,
-      dtype=self.dtype,
-      kernel_init=nn.initializers.xavier_uniform(),
-      name="patch_embedder",
-    )
-    return dense(split_patches(z, self.patch_size))
-
   def _layers(self, name: str, depth: int, x: Tokens) -> Tokens:
     if not depth:
       return x
-    layers = nn.scan(
-      rematerialised(Block, self.remat, scan=self.scan),
-      variable_axes={"params": 0},
-      split_rngs={"params": True},
-      length=depth,
-      unroll=1 if self.scan else depth,
-    )
     settings = self.num_heads, self.dtype, self.attention, self.constrain
-    return layers(*settings, name=name)(x)[0]
+    return self.stack(Block, depth)(*settings, name=name)(x)[0]
 
   def _head(self, name: str, x: Tokens, shape: tuple) -> Image:
     """Blocks, and a projection of the image's tokens back to an image."""

@@ -46,8 +46,14 @@ def from_imeanflow(network: InContextDiT, image_shape: tuple[int, ...], tensors:
   """The parameters from those of improved MeanFlow's reference, by path ("net/time_tokens").
 
   Raises:
-    ValueError: a tensor is missing, too many or of another shape; lists their names.
+    ValueError: a tensor is missing, too many or of another shape; lists their names. Or the network
+      is told other times than the reference's, which knows h alone, or adds positions.
   """
+  if tuple(network.conditioning) != ("h",) or network.positions != "none":
+    raise ValueError(
+      "such files hold networks with model.conditioning ('h',) and model.positions 'none', not "
+      f"{network.conditioning} and {network.positions!r}"
+    )
   shapes = _shapes(network, image_shape)
   found = read_tensors(_apart(network, shapes, image_shape), tensors, _their_name, FLAX_AXES)
   parts = traverse_util.flatten_dict(found, sep="/")
