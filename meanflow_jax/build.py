@@ -425,11 +425,12 @@ def generator(
   method: Method,
   mesh: Mesh,
   decoder: Decoder | None,
-  *,
   grid: tuple[float, ...],
   omega: float,
+  t_min: float,
+  t_max: float,
 ) -> Generator:
-  """Images by `config.sample`, on a time grid, with a guidance scale.
+  """Images by `config.sample`, on a time grid, with a guidance scale for t in [t_min, t_max].
 
   Raises:
     ValueError: an impossible setting.
@@ -447,11 +448,10 @@ def generator(
       f"guidance of {omega} takes the velocity without a class, which this config never teaches "
       "(method.label_dropout.rate = 0): set sample.guidance.omega to 1"
     )
-  interval = settings.guidance.t_min, settings.guidance.t_max
   return Generator(
     network=network,
     step=method.step,
-    guidance=method.sampling_guidance(omega, *interval),
+    guidance=method.sampling_guidance(omega, t_min, t_max),
     grid=grid,
     image_shape=image_shape(config),
     labels=Labels(settings.labels, settings.label, config.data.num_classes),
@@ -472,9 +472,8 @@ def sample_generator(
     ValueError: an impossible setting, or an autoencoder that does not fit.
     FileNotFoundError: the autoencoder's weights are missing.
   """
-  omega = config.sample.guidance.omega
   made = generator(
-    config, network, method, mesh, decoder(config, mesh), grid=grid(config), omega=omega
+    config, network, method, mesh, decoder(config, mesh), grid(config), **config.sample.guidance
   )
   # Of fewer images than a batch has, no more are made than devices need.
   needed = -(-config.sample.count // mesh.size) * mesh.size

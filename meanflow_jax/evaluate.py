@@ -26,8 +26,10 @@ from meanflow_jax.evaluator import (
   Figures,
   Reference,
   Setting,
+  varying,
 )
 from meanflow_jax.features import Extractor
+from meanflow_jax.generate import Generator
 from meanflow_jax.methods.method import Method
 from meanflow_jax.methods.sampler import time_grid
 from meanflow_jax.metrics.summary import FIGURES, HIGHER_IS_BETTER, KEEPING, SPATIAL
@@ -40,7 +42,13 @@ from meanflow_jax.train_step import item_name
 
 Row = dict[str, Any]
 Shape = tuple[int, ...]
-SETTINGS = ("nfe", "omega", "ema")
+AXES = {
+  "nfe": "NFE",
+  "omega": "guidance scale",
+  "t_min": "start of guidance in t",
+  "t_max": "end of guidance in t",
+  "ema": "EMA",
+}
 SourceFn = Callable[[], Source]
 
 
@@ -62,23 +70,35 @@ def make_evaluator(
     raise ValueError(f"evaluate.count must be 0 or at least 2, got {settings.count}")
   if not settings.nfe:
     raise ValueError("evaluate.nfe is empty: name at least one number of function evaluations")
-  emas = settings.ema or (config.sample.ema,)
-  omegas = settings.omega or (config.sample.guidance.omega,)
-  decoder = build.decoder(config, mesh)
-  generators = {
-    Setting(nfe, ema, omega): build.generator(
-      config, network, method, mesh, decoder, grid=time_grid(nfe), omega=omega
-    )
-    for nfe, ema, omega in itertools.product(settings.nfe, emas, omegas)
-  }
-  for ema in emas:
-    storage.ema_item(config, ema)
+  generators = _generators(config, network, method, mesh)
   shape = next(iter(generators.values())).output_shape
   comparison = make_comparison(config, mesh, shape, source)
   for figure, least in (("inception_score", 10), ("precision_recall", 4)):
     if figure in settings.figures and settings.count < least:
       raise ValueError(f"{figure} takes at least {least} images: evaluate.count {settings.count}")
   return Evaluator(generators, comparison, settings.count)
+
+
+def _generators(
+  config: ConfigDict, network: nn.Module, method: Method, mesh: Mesh
+) -> dict[Setting, Generator]:
+  """What makes the images of each row of the table."""
+  settings, guidance = config.evaluate, config.sample.guidance
+  emas = settings.ema or (config.sample.ema,)
+  for ema in emas:
+    storage.ema_item(config, ema)
+  scales = itertools.product(
+    settings.omega or (guidance.omega,),
+    settings.t_min or (guidance.t_min,),
+    settings.t_max or (guidance.t_max,),
+  )
+  decoder = build.decoder(config, mesh)
+  return {
+    Setting(nfe, ema, *scale): build.generator(
+      config, network, method, mesh, decoder, time_grid(nfe), *scale
+    )
+    for nfe, ema, scale in itertools.product(settings.nfe, emas, scales)
+  }
 
 
 def check_best(config: ConfigDict, evaluator: Evaluator | None) -> None:
@@ -203,7 +223,6 @@ def rows_of(
   common = {
     "count": evaluator.count,
     **{key: config.sample[key] for key in ("labels", "seed", "rounding")},
-    "interval": [config.sample.guidance.t_min, config.sample.guidance.t_max],
     "dtype": config.model.dtype,
     "guidance": dict(guidance),
     **evaluator.comparison.record(),
@@ -240,7 +259,7 @@ def figures_path(workdir: pathlib.Path, step: int) -> pathlib.Path:
 
 def conditions_of(row: Row) -> Row:
   """What figures must have in common to be compared: all that is the same in a table."""
-  shared = {k: v for k, v in row.items() if k not in ("step", "figures", *SETTINGS)}
+  shared = {k: v for k, v in row.items() if k not in ("step", "figures", *AXES)}
   return json.loads(json.dumps(shared))  # as it is stored
 
 
@@ -278,21 +297,29 @@ def plot_history(workdir: pathlib.Path, rows: list[Row]) -> None:
 
 def plot_sweep(path: pathlib.Path, rows: list[Row]) -> None:
   """Draws every figure of a checkpoint against what varies most among the rows."""
-  axis = max(SETTINGS, key=lambda key: len({row[key] for row in rows}))
+  axis = max(AXES, key=lambda key: len({row[key] for row in rows}))
+  named = [key for key in worth_a_column(rows) if key != axis]
   lines: dict[str, dict[str, list[tuple[float, float]]]] = {}
   for row in rows:
-    label = ", ".join(f"{key} {row[key]:g}" for key in SETTINGS if key != axis)
+    label = ", ".join(f"{key} {row[key]:g}" for key in named)
     for name, value in row["figures"].items():
       lines.setdefault(name, {}).setdefault(label, []).append((float(row[axis]), value))
-  plot_lines(path, {"nfe": "NFE", "omega": "guidance scale", "ema": "EMA"}[axis], lines)
+  plot_lines(path, AXES[axis], lines)
+
+
+def worth_a_column(rows: list[Row]) -> list[str]:
+  """The settings that a table shows of each row: where guidance is on, if that varies."""
+  return [key for key in AXES if key not in ("t_min", "t_max") or key in varying(rows)]
 
 
 def show(rows: list[Row]) -> None:
   """Prints a table, and below it what all rows have in common."""
-  settings = [key for key in ("step", "nfe", "ema", "omega", "images", "count") if key in rows[0]]
+  names = "step", *worth_a_column(rows), "images", "count"
+  settings = [key for key in names if key in rows[0]]
   print(table([{key: row[key] for key in settings} | row["figures"] for row in rows]))
   common = ("labels", "label", "seed", "rounding", "dtype", "autoencoder", "guidance")
-  print("; ".join(f"{key} {rows[0][key]}" for key in common if key in rows[0]))
+  common = {*common, "t_min", "t_max"} - {*settings}
+  print("; ".join(f"{key} {value}" for key, value in rows[0].items() if key in common))
   for name, convention in rows[0]["conventions"].items():
     reference = rows[0].get("references", {}).get(name)
     against = f", against {reference['count']} images" if reference else ""

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from jaxtyping import PyTree
@@ -31,11 +31,19 @@ class Setting:
     nfe: steps of the time grid.
     ema: which average of the parameters; 0 are the parameters themselves.
     omega: scale of the guidance when sampling.
+    t_min, t_max: where in t it is on.
   """
 
   nfe: int
   ema: float
   omega: float
+  t_min: float
+  t_max: float
+
+  @property
+  def sampling(self) -> "Setting":
+    """The same without its parameters."""
+    return dataclasses.replace(self, ema=0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,10 +185,10 @@ class Evaluator:
   def _images(self) -> dict[Setting, GeneratedImages]:
     """Settings that differ in the parameters alone share what is compiled."""
     made = {
-      (setting.nfe, setting.omega): GeneratedImages(generator, self.comparison.extractors)
+      setting.sampling: GeneratedImages(generator, self.comparison.extractors)
       for setting, generator in self.generators.items()
     }
-    return {setting: made[setting.nfe, setting.omega] for setting in self.generators}
+    return {setting: made[setting.sampling] for setting in self.generators}
 
   @property
   def names(self) -> list[str]:
@@ -198,5 +206,12 @@ class Evaluator:
     }
 
   def _tag(self, setting: Setting) -> str:
-    varies = [key for key in ("ema", "omega") if len({vars(s)[key] for s in self.generators}) > 1]
-    return "_".join(f"{key}{vars(setting)[key]:g}" for key in ("nfe", *varies))
+    varies = varying(map(vars, self.generators)) - {"nfe"}
+    keys = ("nfe", *(key for key in vars(setting) if key in varies))
+    return "_".join(f"{key}{vars(setting)[key]:g}" for key in keys)
+
+
+def varying(rows: Iterable[Mapping[str, Any]]) -> set[str]:
+  """The fields of a setting that are not the same in all rows."""
+  rows, names = list(rows), [field.name for field in dataclasses.fields(Setting)]
+  return {name for name in names if len({row.get(name) for row in rows}) > 1}

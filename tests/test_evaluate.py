@@ -71,6 +71,21 @@ def test_a_sweep_has_a_row_for_each_setting(
   assert kept == rows[:2] + rows[3:]
 
 
+@pytest.mark.slow
+def test_a_sweep_over_where_guidance_is_on(
+  workdir: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+  """In two steps, from 1 to 1/2 and on to 0: on in both, in the first alone, in none."""
+  on = {"nfe": (2,), "omega": (3.0,)}
+  rows = evaluated(workdir, **on, t_min=(0.0, 0.7), t_max=(0.9, 1.0))
+  assert [(row["t_min"], row["t_max"]) for row in rows] == [(0, 0.9), (0, 1), (0.7, 0.9), (0.7, 1)]
+  assert "t_min" in capsys.readouterr().out.splitlines()[0]
+  assert len({row["figures"]["frechet_pixels"] for row in rows}) == 4
+  (*_, without) = evaluated(workdir, nfe=(2,), omega=(1.0,))
+  assert without["figures"] == rows[2]["figures"]
+  assert "t_max 1.0" in capsys.readouterr().out
+
+
 def test_images_written_and_scored_have_the_figures_of_the_evaluation(
   workdir: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
