@@ -98,9 +98,9 @@ class Labels:
   def __post_init__(self):
     if self.rule not in LABEL_RULES:
       raise ValueError(f"sample.labels must be one of {LABEL_RULES}, got {self.rule!r}")
-    if self.rule == "one" and not self.num_classes:
+    if self.rule != "balanced" and not self.num_classes:
       raise ValueError(
-        "sample.labels 'one' asks for a class, and the model is unconditional "
+        f"sample.labels {self.rule!r} asks for classes, and the model is unconditional "
         "(data.num_classes = 0): leave it at 'balanced'"
       )
     if self.rule == "one" and not 0 <= self.label < self.num_classes:

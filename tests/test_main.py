@@ -43,6 +43,7 @@ IMPROVED = {
   "model.in_context_dit.head_depth": 1,
   "method.name": "improved_meanflow",
 }
+UNGUIDED = {"method.guidance.omega": 1.0, "method.guidance.kappa": 0.0}
 PAIRS = ["improved_meanflow with in_context_dit", "; meanflow with dit"]
 # Changes to the config, and what their refusal must mention.
 MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
@@ -83,7 +84,9 @@ MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
   ({"sample.ema": 0.5}, ["no average 0.5", "sample.ema", "(0.999,)"]),
   ({"sample.rounding": "up"}, ["sample.rounding", "meanflow", "'up'"]),
   ({"sample.guidance.t_min": 0.7, "sample.guidance.t_max": 0.2}, ["t_min 0.7", "t_max 0.2"]),
+  ({"evaluate.t_min": (0.0, 0.6), "evaluate.t_max": (0.6,)}, ["t_min 0.6", "t_max 0.6"]),
   ({"sample.guidance.omega": float("nan")}, ["sample.guidance.omega", "nan"]),
+  (UNGUIDED | {"sample.guidance.omega": 0.5}, ["sample.guidance.omega", "0.5"]),
   ({"sample.guidance.omega": 2.0}, ["fixed in training", "scale of 1.24", "2.0"]),
   ({"evaluate.omega": (1.0, 3.0)}, ["fixed in training", "scale of 1.24", "3.0"]),
   (IMPROVED | {"sample.guidance.omega": 0.5}, ["sample.guidance.omega", "0.5"]),
@@ -122,6 +125,7 @@ MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
   ({"method.label_dropout.rate": 0.6}, ["0.6", "1 of 2", "r = t"]),
   ({"method.guidance.kappa": 1.0}, ["kappa", "1.0"]),
   ({"method.guidance.t_start": 0.7, "method.guidance.t_end": 0.3}, ["t_start 0.7", "t_end 0.3"]),
+  ({"method.guidance.t_start": 0.5, "method.guidance.t_end": 0.5}, ["t_start 0.5", "t_end 0.5"]),
   ({"method.weight.c": 0.0}, ["c must be positive", "0.0"]),
   ({"optimizer.warmup_steps": 8}, ["optimizer.warmup_steps 8", "8 steps"]),
   ({"optimizer.schedule": "linear"}, ["optimizer.schedule", "'linear'"]),

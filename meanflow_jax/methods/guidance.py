@@ -48,9 +48,9 @@ class Guidance:
       raise ValueError(f"guidance from_step must be 0 or more, got {self.from_step}")
     if not 0 <= self.kappa < 1:
       raise ValueError(f"guidance kappa must lie in [0, 1), got {self.kappa}")
-    if not 0 <= self.t_start <= self.t_end <= 1:
+    if not 0 <= self.t_start < self.t_end <= 1:
       raise ValueError(
-        f"the guidance interval must satisfy 0 <= t_start <= t_end <= 1, "
+        f"the guidance interval must satisfy 0 <= t_start < t_end <= 1, "
         f"got t_start {self.t_start} and t_end {self.t_end}"
       )
 
@@ -126,6 +126,19 @@ class LabelDropout:
     return dropped if self.droppable == "all" else dropped & rows.mask(batch)
 
 
+def check_sampling(omega: float, t_min: float, t_max: float) -> None:
+  """Raises a ValueError if the scale is below 1, or the interval of t empty."""
+  if not (math.isfinite(omega) and omega >= 1):
+    raise ValueError(
+      f"sample.guidance.omega (and evaluate.omega) must be 1, for no guidance, or more: got {omega}"
+    )
+  if not 0 <= t_min < t_max <= 1:
+    raise ValueError(
+      "sample.guidance (and evaluate) must satisfy 0 <= t_min < t_max <= 1 (omega 1 is without "
+      f"guidance), got t_min {t_min} and t_max {t_max}"
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class SamplingGuidance:
   """Classifier-free guidance when sampling (arXiv 2207.12598): u(null) + omega (u(y) - u(null)).
@@ -145,13 +158,7 @@ class SamplingGuidance:
   null_label: int
 
   def __post_init__(self):
-    if not 0 <= self.t_min <= self.t_max <= 1:
-      raise ValueError(
-        "sample.guidance must satisfy 0 <= t_min <= t_max <= 1, "
-        f"got t_min {self.t_min} and t_max {self.t_max}"
-      )
-    if not math.isfinite(self.omega):
-      raise ValueError(f"sample.guidance.omega must be finite, got {self.omega}")
+    check_sampling(self.omega, self.t_min, self.t_max)
 
   def guided(self, velocity_fn: VelocityFn) -> VelocityFn:
     """The velocity with guidance; rows and their unconditional twins are one batch."""
@@ -184,16 +191,7 @@ class GuidanceInput:
   t_max: float
 
   def __post_init__(self):
-    if not (math.isfinite(self.omega) and self.omega >= 1):
-      raise ValueError(
-        f"sample.guidance.omega (and evaluate.omega) must be 1, for no guidance, or more: such "
-        f"models have learned no smaller scale; got {self.omega}"
-      )
-    if not 0 <= self.t_min < self.t_max <= 1:
-      raise ValueError(
-        "sample.guidance must satisfy 0 <= t_min < t_max <= 1 (omega 1 is without guidance), "
-        f"got t_min {self.t_min} and t_max {self.t_max}"
-      )
+    check_sampling(self.omega, self.t_min, self.t_max)
 
   def guided(self, network_fn: NetworkFn) -> VelocityFn:
     """The velocity with guidance."""
