@@ -271,7 +271,8 @@ def test_published_sizes(size):
 @pytest.mark.parametrize("heads", [("u",), ("v",), ("u", "v")])
 def test_operations_are_those_that_are_compiled(heads):
   """XLA's count of matrix products, layers unrolled, in units of two."""
-  network = tiny.in_context_dit(width=64, depth=3, head_depth=1, scan=False)
+  told = {"conditioning": ("t", "h", "r"), "positions": "sincos"}
+  network = tiny.in_context_dit(width=64, depth=3, head_depth=1, scan=False, **told)
   shapes = jax.eval_shape(lambda: init_params(network, 0, (8, 8, 1)))
   rows = [jax.ShapeDtypeStruct((1, *s), d) for s, d in (((8, 8, 1), "float32"), ((), "float32"))]
   label = jax.ShapeDtypeStruct((1,), "int32")
@@ -293,7 +294,7 @@ def test_operations_are_those_that_are_compiled(heads):
     ({"width": 18, "num_heads": 6}, "divisible by twice model.num_heads 6"),
     ({"omega_tokens": 0}, "omega_tokens must be at least 1"),
     ({"conditioning": ("t", "x")}, "model.conditioning must be one of"),
-    ({"conditioning": ()}, "model.conditioning is empty"),
+    ({"conditioning": ()}, "model.conditioning must be some of"),
     ({"time_frequencies": 7}, "must be even, got 7"),
     ({"remat": "some"}, "model.remat must be one of"),
     ({"dtype": "float16"}, "model.dtype must be one of"),

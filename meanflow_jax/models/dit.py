@@ -1,4 +1,4 @@
-"""The diffusion transformer (arXiv 2212.09748), conditioned on two times and a label."""
+"""The diffusion transformer (arXiv 2212.09748), conditioned on times and a label."""
 
 from collections.abc import Callable
 
@@ -86,6 +86,8 @@ class DiT(PatchTransformer):
 
   def __post_init__(self):
     super().__post_init__()
+    if self.positions == "none":
+      raise ValueError("model.positions 'none' would leave a DiT without any; choose another")
     if self.width % self.num_heads:
       raise ValueError(
         f"model.width {self.width} must be divisible by model.num_heads {self.num_heads}"
@@ -99,10 +101,9 @@ class DiT(PatchTransformer):
       ValueError: if the image's sides are not divisible by the patch size.
     """
     condition = self.constrain(self._condition(t, h, y))
-    x = self.constrain(self.embed_patches(z))
-    layers = self.stack(Block, self.depth)
-    layers = layers(self.num_heads, self.dtype, self.attention, self.constrain, name="blocks")
-    x, _ = layers(x, condition)
+    x = self.constrain(self._embed_patches(z))
+    settings = self.num_heads, self.dtype, self.attention, self.constrain
+    x, _ = self._stack(Block, self.depth)(*settings, name="blocks")(x, condition)
     return self._unembed(x, condition, z.shape).astype(jnp.float32)
 
   def tokens(self, side: int) -> int:
@@ -123,7 +124,7 @@ class DiT(PatchTransformer):
     """SiLU of the summed embeddings of times and label, the input of every modulation."""
     embedded = [
       TimeEmbedder(self.width, self.time_frequencies, name=f"{name}_embedder")(time)
-      for name, time in self.chosen_times(t, h).items()
+      for name, time in self._times(t, h).items()
     ]
     if self.num_classes:
       init = nn.initializers.normal(0.02)

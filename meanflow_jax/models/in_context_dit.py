@@ -149,7 +149,7 @@ class InContextDiT(PatchTransformer):
       ValueError: if the image's sides are not divisible by the patch size.
     """
     guidance = GuidanceScale.off(t) if guidance is None else guidance
-    x = jnp.concatenate([*self._prefix(t, h, y, guidance), self.embed_patches(z)], axis=1)
+    x = jnp.concatenate([*self._prefix(t, h, y, guidance), self._embed_patches(z)], axis=1)
     x = self._layers("trunk", self.depth - self.head_depth, self.constrain(x))
     # All parameters are made, whatever is asked for.
     names = self.HEADS if self.is_initializing() else heads or ("u",)
@@ -183,7 +183,7 @@ class InContextDiT(PatchTransformer):
     """Learned tokens, to each of which the embedding of what it says is added."""
     normal = nn.initializers.normal(1 / math.sqrt(self.width))
     numbers = {"omega": 1 - 1 / guidance.omega, "t_min": guidance.t_min, "t_max": guidance.t_max}
-    numbers |= self.chosen_times(t, h)
+    numbers |= self._times(t, h)
 
     def embedded(name: str) -> Float[Array, "B E"]:
       if name == "label":
@@ -203,7 +203,7 @@ class InContextDiT(PatchTransformer):
     if not depth:
       return x
     settings = self.num_heads, self.dtype, self.attention, self.constrain
-    return self.stack(Block, depth)(*settings, name=name)(x)[0]
+    return self._stack(Block, depth)(*settings, name=name)(x)[0]
 
   def _head(self, name: str, x: Tokens, shape: tuple) -> Image:
     """Blocks, and a projection of the image's tokens back to an image."""

@@ -46,8 +46,8 @@ def from_imeanflow(network: InContextDiT, image_shape: tuple[int, ...], tensors:
   """The parameters from those of improved MeanFlow's reference, by path ("net/time_tokens").
 
   Raises:
-    ValueError: a tensor is missing, too many or of another shape; lists their names. Or the network
-      is told other times than the reference's, which knows h alone, or adds positions.
+    ValueError: a tensor is missing, too many or of another shape; lists their names. The network is
+      told other times than h, or adds positions, which the reference's does not.
   """
   if tuple(network.conditioning) != ("h",) or network.positions != "none":
     raise ValueError(

@@ -56,8 +56,10 @@ class PatchTransformer(nn.Module):
       _check_choice(name, getattr(self, name), choices)
     for time in self.conditioning:
       _check_choice("conditioning", time, TIMES)
-    if not self.conditioning:
-      raise ValueError(f"model.conditioning is empty; choose from {TIMES}")
+    if not self.conditioning or len(set(self.conditioning)) < len(self.conditioning):
+      raise ValueError(
+        f"model.conditioning must be some of {TIMES}, each once, got {self.conditioning}"
+      )
     for name in ("patch_size", "width", "depth", "num_heads"):
       if getattr(self, name) < 1:
         raise ValueError(f"model.{name} must be at least 1, got {getattr(self, name)}")
@@ -69,12 +71,12 @@ class PatchTransformer(nn.Module):
       )
     super().__post_init__()
 
-  def chosen_times(self, t: Time, h: Time) -> dict[str, Time]:
+  def _times(self, t: Time, h: Time) -> dict[str, Time]:
     """The times that the network is told, by their names."""
     times = {"t": t, "h": h, "r": t - h}
     return {name: times[name] for name in self.conditioning}
 
-  def embed_patches(self, z: Image) -> Tokens:
+  def _embed_patches(self, z: Image) -> Tokens:
     """Linear patch embeddings plus positions.
 
     Raises:
@@ -93,8 +95,8 @@ class PatchTransformer(nn.Module):
       positions = sincos_positions(rows, columns, self.width)
     return x + jnp.asarray(positions, self.dtype)[None]
 
-  def stack(self, block: type[nn.Module], depth: int) -> Callable[..., nn.Module]:
-    """So many blocks, one after another; what they are called with besides tokens is the same."""
+  def _stack(self, block: type[nn.Module], depth: int) -> Callable[..., nn.Module]:
+    """The class of `depth` blocks in a row; what blocks take besides tokens is the same for all."""
     return nn.scan(
       rematerialised(block, self.remat, scan=self.scan),
       variable_axes={"params": 0},
