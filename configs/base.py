@@ -57,7 +57,7 @@ def get_config() -> ConfigDict:
   model.update(DIT["B"])
   model.conditioning = ("t", "h")  # which of t, h = t - r and r the network is told
   model.time_frequencies = 256  # sinusoids of a time's embedding
-  model.positions = "sincos"  # added to patches: none | sincos | learned
+  model.positions = "sincos"  # added to patches: none (not of dit) | sincos | learned
   model.dtype = "float32"  # of computation: float32 | bfloat16; parameters are always float32
   # auto: fused on TPUs and NVIDIA GPUs | plain: as XLA compiles it | pallas: fused, or an error
   # where it cannot run
@@ -173,14 +173,15 @@ def get_config() -> ConfigDict:
   # (flow matching, say). What method.guidance fixed in training cannot be changed
   sample.guidance = ConfigDict({"omega": 1.0, "t_min": 0.0, "t_max": 1.0})
 
-  # --mode=evaluate, and figures during training; with the labels, seed, rounding, batch size and
-  # guidance interval of `sample`, but not its count, nfe and grid. The table has a row for each
-  # combination of nfe, ema and omega.
+  # --mode=evaluate, and figures during training; with the labels, seed, rounding and batch size of
+  # `sample`, but not its count, nfe and grid. The table has a row for each combination of nfe, ema,
+  # omega, t_min and t_max.
   config.evaluate = evaluate = ConfigDict()
   evaluate.count = 1_500  # images for each row; 0: no evaluation
   evaluate.nfe = (1, 2)  # steps of equal length
   evaluate.ema = ()  # averages of the parameters; (): sample.ema
   evaluate.omega = ()  # guidance scales when sampling; (): sample.guidance.omega
+  evaluate.t_min, evaluate.t_max = (), ()  # where they start and end; (): those of sample.guidance
   evaluate.extractors = ("pixels",)  # some of pixels | inception | dinov2: the sections below
   # Some of frechet | kid | precision_recall, and with inception sfid | inception_score
   evaluate.figures = ("frechet",)
