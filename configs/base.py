@@ -84,7 +84,7 @@ def get_config() -> ConfigDict:
   in_context.time_tokens = 4  # each of the times
 
   config.method = method = ConfigDict()
-  # meanflow | improved_meanflow | alpha_flow | shortcut: a file in meanflow_jax/methods
+  # The name of a file in meanflow_jax/methods: meanflow, improved_meanflow, ...
   method.name = "meanflow"
   method.times = times = ConfigDict()
   times.distribution = "logit_normal"  # logit_normal | uniform
