@@ -44,10 +44,10 @@ Row = dict[str, Any]
 Shape = tuple[int, ...]
 AXES = {
   "nfe": "NFE",
+  "ema": "EMA",
   "omega": "guidance scale",
   "t_min": "start of guidance in t",
   "t_max": "end of guidance in t",
-  "ema": "EMA",
 }
 SourceFn = Callable[[], Source]
 
