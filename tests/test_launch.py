@@ -372,6 +372,15 @@ def test_sigterm_goes_on_to_the_command_once(machine: Machine, status: int) -> N
   assert (machine.folder / "status").read_text() == f"{status}\n"
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+  """Commands that are started heed SIGINT, even where these tests run behind a shell's `&`."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("handler", [[], ["both"]], ids=["default", "own"])
 def test_ctrl_c_reaches_the_command(machine: Machine, handler: list[str]) -> None:
   process = machine.start("supervise.sh", sys.executable, "-c", SAVES, "130", *handler)
