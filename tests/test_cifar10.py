@@ -97,7 +97,7 @@ RECIPE = {
   "model.unet.attention_at": (16,),
   "model.unet.num_heads": 1,
   "model.unet.dropout": 0.2,
-  "method.times.equal_fraction": 0.75,
+  "method.times.equal_fraction": 0.25,  # r < t on 75 % (arXiv 2505.13447, appendix A)
   "method.guidance.omega": 1.0,
   "method.guidance.kappa": 0.0,
   "method.weight.p": 0.75,
@@ -137,7 +137,7 @@ def logit_normal(mean: float, std: float) -> Any:
 
 
 def times(preset: Any) -> tuple[np.ndarray, np.ndarray]:
-  """r and t of a preset, all rows with r = t but every fourth."""
+  """r and t of a preset, every fourth row with r = t."""
   r, t = build.method(preset.get_config()).times(jax.random.key(0), 40_000)
   return np.float64(r), np.float64(t)
 
@@ -149,7 +149,7 @@ def assert_distributed(times: np.ndarray, cdf: Any) -> None:
 def test_the_times_of_the_paper_are_sorted():
   r, t = times(cifar10_paper)
   one = logit_normal(-2.0, 2.0)
-  ahead = np.arange(len(t)) % 4 == 3
+  ahead = np.arange(len(t)) % 4 != 0
   np.testing.assert_array_equal(r[~ahead], t[~ahead])
   assert_distributed(t, lambda time: one(time) ** 2)
   assert_distributed(r[ahead], lambda time: 1 - (1 - one(time)) ** 2)
@@ -158,7 +158,7 @@ def test_the_times_of_the_paper_are_sorted():
 def test_the_better_times_are_clipped():
   r, t = times(cifar10)
   t_cdf, r_cdf = logit_normal(-0.6, 1.6), logit_normal(-4.0, 1.6)
-  ahead = np.arange(len(t)) % 4 == 3
+  ahead = np.arange(len(t)) % 4 != 0
   np.testing.assert_array_equal(r[~ahead], t[~ahead])
   assert_distributed(t, t_cdf)
   assert_distributed(r[ahead], lambda time: 1 - (1 - t_cdf(time)) * (1 - r_cdf(time)))
@@ -171,9 +171,9 @@ def test_one_key_makes_it_class_conditional():
   assert step.abstract_state(mesh_of(1, 1)).params["label_embedder"]["embedding"].shape[0] == 11
 
 
-def test_a_step_costs_three_and_a_quarter_forward_passes():
+def test_a_step_costs_three_and_three_quarters_forward_passes():
   step = train_step(cifar10.get_config(), mesh_of(1, 1))
-  assert model_flops(step) == 3.25 * step.network.forward_flops((32, 32, 3))
+  assert model_flops(step) == 3.75 * step.network.forward_flops((32, 32, 3))
 
 
 # A run.
