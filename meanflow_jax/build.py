@@ -236,7 +236,7 @@ def method(config: ConfigDict) -> Method:
 def _dropped(config: ConfigDict) -> float:
   """The share of rows that drop their label."""
   fields = registry.fields(registry.find(config.method.name))
-  return config.method.label_dropout.rate if "label_dropout" in fields else 0
+  return config.method.label_dropout.rate if "label_dropout" in fields else 0.0
 
 
 def _check_network(config: ConfigDict, kind: type[Method]) -> None:
@@ -446,7 +446,7 @@ def generator(
   if omega != 1 and not _dropped(config):
     raise ValueError(
       f"guidance of {omega} takes the velocity without a class, which this config never teaches "
-      "(method.label_dropout.rate = 0): set sample.guidance.omega to 1"
+      "(no label is dropped in training): set sample.guidance.omega to 1"
     )
   return Generator(
     network=network,

@@ -4,10 +4,12 @@
 mode of main.py starts; the config must describe the file's network. The layouts:
 
   meanflow     a checkpoint folder of MeanFlow's reference in JAX: params, ema_params, step
-  imeanflow    the same of improved MeanFlow's reference
+  imeanflow    the same of improved MeanFlow's reference; of a file for sampling alone the auxiliary
+               head, which only training needs, starts anew
   sit          the PyTorch state dict of a SiT with two time embedders, as .safetensors, .pt or
                .pth: flat, or below the keys `model` and `ema`, or below --key=NAME
-  unet         the PyTorch state dict of the published U-Net of CIFAR-10, in the same forms
+  unet         the PyTorch state dict of the published U-Net of CIFAR-10, in the same forms, or of
+               its trainer with three averages
   safetensors  a file of our own
 
 With --fine_tune, `sit` is a flow-matching SiT instead, without the second time embedder. Its files
@@ -27,6 +29,8 @@ inception) and checks their sha256. --inception=FILE.pth --out=FILE.safetensors 
 them, which takes PyTorch, once.
 """
 
+import collections
+import dataclasses
 import json
 import pathlib
 import sys
@@ -105,7 +109,7 @@ def read(
   with storage.checkpoints(config, workdir, read_only=False) as checkpoints:
     checkpoints.save(found.step, items, config.to_dict())
   print(f"checkpoint {found.step} in {folder}, with a new optimizer, from {path}:")
-  print(_report(found, chosen))
+  print(_report(found, chosen, layout))
 
 
 def write(config: ConfigDict, workdir: pathlib.Path, path: pathlib.Path) -> None:
@@ -154,7 +158,8 @@ def assign(sets: Collection[str], items: Collection[str]) -> dict[str, str]:
   """
   if len(sets) == 1:
     return dict.fromkeys(items, *sets)
-  chosen = {item: "params" if item == "params" else "ema_params" for item in items}
+  known = {"params", *sets}
+  chosen = {item: item if item in known else "ema_params" for item in items}
   if missing := sorted(set(chosen.values()) - set(sets)):
     raise ValueError(
       f"the file has no {' and no '.join(missing)}, but {', '.join(sorted(sets))}; a run without "
@@ -166,8 +171,12 @@ def assign(sets: Collection[str], items: Collection[str]) -> dict[str, str]:
 def _load(config: ConfigDict, path: pathlib.Path, layout: str, key: str | None) -> Weights:
   if layout in ("meanflow", "imeanflow"):
     return weights.read_meanflow(path)
-  if layout in ("sit", "unet"):
+  if layout == "sit":
     return weights.read_state_dict(path, key)
+  if layout == "unet":
+    found = weights.read_state_dict(path, key)
+    parts = [unet.sets_from_torch(tensors, name) for name, tensors in found.sets.items()]
+    return dataclasses.replace(found, sets=dict(collections.ChainMap(*parts)))
   tensors, header = weights.read_safetensors(path)
   if not {"config", "step", "average"} <= header.keys():
     raise ValueError(f"{path} was not written by --write: its header has only {sorted(header)}")
@@ -192,14 +201,15 @@ def _converter(
 ) -> Callable[[Tensors], Params]:
   """From a set of a file's tensors to our parameters."""
   network, shape = train_step.network, train_step.image_shape
+  initial = jax.jit(lambda: init_params(network, train_step.seed, shape))
   if noise_at is not None:
-    initial = jax.jit(lambda: init_params(network, train_step.seed, shape))()
     return lambda tensors: dit_layouts.from_flow_matching(
-      network, shape, tensors, noise_at=noise_at, initial=initial
+      network, shape, tensors, noise_at=noise_at, initial=initial()
     )
+  if layout == "imeanflow":
+    return lambda tensors: in_context_layouts.from_imeanflow(network, shape, tensors, initial)
   convert = {
     "meanflow": dit_layouts.from_meanflow,
-    "imeanflow": in_context_layouts.from_imeanflow,
     "sit": dit_layouts.from_sit,
     "unet": unet.params_from_torch,
     "safetensors": dit_layouts.from_paths,
@@ -207,11 +217,13 @@ def _converter(
   return lambda tensors: convert[layout](network, shape, tensors)
 
 
-def _report(found: Weights, chosen: dict[str, str]) -> str:
+def _report(found: Weights, chosen: dict[str, str], layout: str) -> str:
   lines = [f"  {item} from {name}" for item, name in chosen.items()]
   if len(found.sets) == 1:
     lines.append("  (the file has one set of weights, which all of them take)")
   lines += [f"  {name} is left out" for name in sorted(found.sets.keys() - chosen.values())]
+  if layout == "imeanflow" and any(map(in_context_layouts.lacks_head, found.sets.values())):
+    lines.append("  (the file has no auxiliary head: that starts anew)")
   names = {name for tensors in found.sets.values() for name in tensors}
   if heads := sorted(name for name in names if name.startswith(dit_layouts.TRAINING_ONLY)):
     lines.append(f"  left out, for only training used them: {', '.join(heads)}")

@@ -263,6 +263,12 @@ def conditions_of(row: Row) -> Row:
   return json.loads(json.dumps(shared))  # as it is stored
 
 
+def conditions_of_all(rows: list[Row]) -> Row:
+  """The same with those settings that are alike in all rows of a table, which no name tells."""
+  alike = {key: rows[0][key] for key in AXES if key not in varying(rows)}
+  return conditions_of(rows[0]) | alike
+
+
 def is_best(workdir: pathlib.Path, name: str, value: float, conditions: Row) -> bool:
   """Whether a figure is better than that of the checkpoint in `best/`; all hosts agree on it.
 
@@ -285,13 +291,16 @@ def note_best(workdir: pathlib.Path, step: int, name: str, value: float, conditi
 def plot_history(workdir: pathlib.Path, rows: list[Row]) -> None:
   """Draws every figure against the step, up to that of `rows`, from all rows made alike."""
   newest, conditions = rows[-1], conditions_of(rows[-1])
+  paths = sorted((workdir / "figures").glob("step_*.json"))
+  until = [row for path in paths for row in read_rows(path) if row["step"] <= newest["step"]]
+  alike = [row for row in until if conditions_of(row) == conditions]
+  intervals = {"t_min", "t_max"} & {*worth_a_column(alike)}
   lines: dict[str, dict[str, list[tuple[float, float]]]] = {}
-  for path in sorted((workdir / "figures").glob("step_*.json")):
-    for row in read_rows(path):
-      if row["step"] <= newest["step"] and conditions_of(row) == conditions:
-        for name, value in row["figures"].items():
-          label = f"{row['nfe']} NFE, EMA {row['ema']:g}, guidance {row['omega']:g}"
-          lines.setdefault(name, {}).setdefault(label, []).append((float(row["step"]), value))
+  for row in alike:
+    label = f"{row['nfe']} NFE, EMA {row['ema']:g}, guidance {row['omega']:g}"
+    label += f" on [{row['t_min']:g}, {row['t_max']:g}]" if intervals else ""
+    for name, value in row["figures"].items():
+      lines.setdefault(name, {}).setdefault(label, []).append((float(row["step"]), value))
   plot_lines(workdir / "figures" / "history.png", "step", lines)
 
 

@@ -73,7 +73,7 @@ class Outputs:
       self.report.writer.write_scalars(step, figures)
       if self.config.evaluate.best:
         value = figures[self.config.evaluate.best]
-        self.keep_if_best(step, items, value, evaluate.conditions_of(rows[0]))
+        self.keep_if_best(step, items, value, evaluate.conditions_of_all(rows))
 
   def keep_if_best(
     self, step: int, items: dict[str, PyTree], value: float, conditions: evaluate.Row

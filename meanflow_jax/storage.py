@@ -145,8 +145,9 @@ def starting_params(
 def trained_guidance(method: Mapping[str, Any]) -> dict[str, Any]:
   """How guidance was part of a training with a certain `config.method`."""
   name = method.get("name", "meanflow")  # the only one of the first checkpoints
-  shared = "guidance" in registry.fields(registry.find(name))
-  found = dict(method["guidance"] if shared else method.get(name, {}))
+  kind = registry.find(name)
+  shared = "guidance" in registry.fields(kind)
+  found = dict(method["guidance"]) if shared else {key: method[name][key] for key in kind.GUIDANCE}
   if not found.get("from_step"):
     found.pop("from_step", None)
   return found

@@ -252,20 +252,25 @@ def test_a_plan_knows_the_network(capsys):
 # Published weights, and our own files.
 
 
+def sizes_of(meta: dict[str, Any]) -> dict[str, Any]:
+  """The keys of a config that tell of a golden file's network."""
+  config = meta["config"]
+  sizes = {
+    "width": config["model_channels"],
+    "multipliers": tuple(config["channel_mult"]),
+    "blocks": config["num_blocks"],
+    "attention_at": tuple(config["attn_resolutions"]),
+    "time_frequencies": 2 * config["model_channels"],
+  }
+  return {f"model__unet__{key}": value for key, value in sizes.items()}
+
+
 def test_weights_of_the_published_layout_become_a_run(tmp_path):
   """Of the golden file's network, whose values these weights have."""
   golden, meta = golden_check.load(GOLDEN)
   tensors = filled(json.loads(str(golden["tensors"])))
   safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
-  sizes = {
-    "width": meta["config"]["model_channels"],
-    "multipliers": tuple(meta["config"]["channel_mult"]),
-    "blocks": meta["config"]["num_blocks"],
-    "attention_at": tuple(meta["config"]["attn_resolutions"]),
-    "time_frequencies": 2 * meta["config"]["model_channels"],
-  }
-  changes = {f"model__unet__{key}": value for key, value in sizes.items()}
-  config = run_config(data__image_size=16, data__channels=3, sample__count=2, **changes)
+  config = run_config(data__image_size=16, data__channels=3, sample__count=2, **sizes_of(meta))
   convert.read(config, tmp_path / "run", tmp_path / "model.safetensors", "unet")
   convert.write(config, tmp_path / "run", tmp_path / "ours.safetensors")
   convert.read(config, tmp_path / "again", tmp_path / "ours.safetensors", "safetensors")
@@ -275,6 +280,28 @@ def test_weights_of_the_published_layout_become_a_run(tmp_path):
   for name in ("run", "again"):
     _, items, _ = storage.trained_params(config, tmp_path / name, network, mesh, {"ema_0.9"})
     assert_close(jax.tree.map(np.asarray, items["ema_0.9"]), expected, rtol=0)
+
+
+def test_the_published_trainers_file_has_four_sets(tmp_path):
+  """The network, its averages, and buffers that are no weights; only what is asked for is taken."""
+  golden, meta = golden_check.load(GOLDEN)
+  tensors = filled(json.loads(str(golden["tensors"])))
+  prefixes = {"net": 1, "net_ema": 2, "net_ema1": 3, "net_ema2": 4}
+  stored = {f"{p}.{name}": k * x for p, k in prefixes.items() for name, x in tensors.items()}
+  stored |= {"num_updates": np.zeros((), np.int32), "net.enc.conv.resample_filter": np.ones((1, 1))}
+  safetensors.numpy.save_file(stored, tmp_path / "model.safetensors")
+  decays = {"ema__decays": (0.9999, 0.9996), "sample__ema": 0.9996}
+  config = run_config(
+    data__image_size=16, data__channels=3, sample__count=2, **decays, **sizes_of(meta)
+  )
+  convert.read(config, tmp_path / "run", tmp_path / "model.safetensors", "unet")
+  mesh, items = mesh_of(1, 1), {"params": 1, "ema_0.9999": 2, "ema_0.9996": 4}
+  network = build.network(config, mesh)
+  _, found, _ = storage.trained_params(config, tmp_path / "run", network, mesh, items.keys())
+  expected = params_from_torch(golden_unet.unet(meta["config"]), (16, 16, 3), tensors)
+  for item, factor in items.items():
+    scaled = jax.tree.map(lambda x, factor=factor: factor * x, expected)
+    assert_close(jax.tree.map(np.asarray, found[item]), scaled, rtol=0)
 
 
 @pytest.mark.parametrize(("layout", "name"), [("unet", "dit"), ("sit", "unet")])

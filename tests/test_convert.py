@@ -23,7 +23,14 @@ from meanflow_jax.models import dit_layouts, in_context_layouts
 from meanflow_jax.models.embeddings import sincos_positions
 from meanflow_jax.runtime.mesh import shardings_of
 from meanflow_jax.runtime.weights import Weights, read_meanflow, read_safetensors, read_state_dict
-from meanflow_jax.train_step import Purpose, TrainState, from_items, stream, to_items
+from meanflow_jax.train_step import (
+  Purpose,
+  TrainState,
+  from_items,
+  sampling_params,
+  stream,
+  to_items,
+)
 from tests import golden_check, golden_imeanflow, golden_meanflow, golden_sit
 from tests.fill import filled
 from tests.runs import (
@@ -141,6 +148,18 @@ def test_the_checkpoint_of_improved_meanflow_becomes_a_state(tmp_path):
   reference = golden_imeanflow.params_of(*golden("imeanflow_dit"), "params")
   assert_same(state.params, reference)
   assert_same(state.ema["0.999"], jax.tree.map(lambda x: x / 2, reference))
+
+
+def test_a_file_for_sampling_alone_gets_a_new_auxiliary_head():
+  arrays, meta = golden("imeanflow_dit")
+  tensors = {k.removeprefix("params/"): x for k, x in arrays.items() if k.startswith("params/")}
+  alone = {name: x for name, x in tensors.items() if not name.startswith("net/v_heads_")}
+  network = golden_imeanflow.network(meta)
+  new = random_params(network, SHAPE)
+  found = in_context_layouts.from_imeanflow(network, SHAPE, alone, lambda: new)
+  assert {name for name in found if found[name] is new[name]} == {*network.TRAINING_ONLY}
+  whole = golden_imeanflow.params_of(arrays, meta, "params")
+  assert_same(sampling_params(network, found), sampling_params(network, whole))
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,10 @@ def test_the_ends_of_the_interval_belong_to_it():
   [
     ((1.0, 1.0, 0.0, 1.0), "kappa must lie in"),
     ((1.0, -0.1, 0.0, 1.0), "kappa must lie in"),
+    ((0.4, 0.5, 0.0, 1.0), r"effective scale omega / \(1 - kappa\) of 1.* got 0.8 "),
+    ((-3.0, 0.0, 0.0, 1.0), "effective scale .* got -3"),
+    ((float("nan"), 0.0, 0.0, 1.0), "effective scale .* got nan"),
+    ((float("inf"), 0.0, 0.0, 1.0), "effective scale .* got inf"),
     ((1.0, 0.0, 0.6, 0.4), "guidance interval"),
     ((1.0, 0.0, -0.1, 1.0), "guidance interval"),
     ((1.0, 0.0, 0.0, 1.1), "guidance interval"),

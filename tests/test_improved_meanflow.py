@@ -391,6 +391,8 @@ def test_a_run_counts_the_parameters_of_sampling(capsys):
   [
     ({"omega_max": 0.9}, "omega_max must be 1"),
     ({"omega_max": float("nan")}, "omega_max must be 1"),
+    ({"omega_max": float("inf")}, "omega_max must be 1"),
+    ({"omega_exponent": float("nan")}, "omega_exponent must be a number"),
     ({"interval_split": 0.0}, "interval_split must lie between 0 and 1"),
     ({"interval_split": 1.0}, "no interval is empty"),
     ({"equal_fraction": 0.25, "dropout": 0.3, "droppable": "equal"}, "exceeds the rows with r = t"),

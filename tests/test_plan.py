@@ -142,7 +142,7 @@ def test_the_arithmetic_of_gpus_by_hand(capsys):
   rows = printed(capsys, config, "h100:16", False)
   mesh = mesh_of(1, 1)
   step = train_step(config, mesh)
-  flops = step.method.forward_passes * step.network.forward_flops((8, 8, 1))
+  flops = step.method.flops(lambda: step.network.forward_flops((8, 8, 1)))
   params = 4 * sum(x.size for x in jax.tree.leaves(step.abstract_state(mesh).params))
   # Parameters, two moments and one average, and two counters, read and written.
   state = 4 * params

@@ -14,7 +14,7 @@ from meanflow_jax.methods.meanflow import Rows
 from meanflow_jax.methods.shortcut import Shortcut
 from tests import tiny
 from tests.exact import GaussianFlow, per_image
-from tests.runs import assert_close, mesh_of, stepped
+from tests.runs import assert_close, mesh_of, stepped, train_step
 from tests.runs import tiny as tiny_config
 
 BATCH, IMAGE = 16, (4, 4, 1)
@@ -110,7 +110,7 @@ def test_it_is_the_plain_formula_for_any_network():
   jax.tree.map(compare, ours, jax.grad(plain)(params))
 
 
-@pytest.mark.parametrize("guidance", [{}, {"omega": 0.4, "kappa": 0.5}, {"omega": 2.0}])
+@pytest.mark.parametrize("guidance", [{}, {"omega": 0.7, "kappa": 0.5}, {"omega": 2.0}])
 def test_it_costs_what_it_says(guidance):
   """Of rows with r < t, two evaluations for the target; guidance of the others alone."""
   method, (x, y) = shortcut(guidance=guidance), data()
@@ -127,7 +127,7 @@ def test_it_costs_what_it_says(guidance):
 
 @pytest.mark.usefixtures("float64")
 def test_rows_with_r_equal_to_t_are_guided_as_in_meanflow():
-  settings = {"equal_fraction": 0.5, "dropout": 0.3, "guidance": {"omega": 0.4, "kappa": 0.5}}
+  settings = {"equal_fraction": 0.5, "dropout": 0.3, "guidance": {"omega": 0.7, "kappa": 0.5}}
   meanflow, (x, y) = tiny.meanflow(**settings), data()
   method = Shortcut(**vars(meanflow))
   draws = meanflow.draw(KEY, x, y)
@@ -192,3 +192,12 @@ def test_devices_and_microbatches_change_no_number():
 def test_steps_that_cannot_be_halved_are_refused(steps):
   with pytest.raises(ValueError, match=f"2, 4, 8, ..., got {steps}"):
     build.method(tiny_config(CHANGES | {"method.shortcut.steps": steps}))
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0])
+def test_data_and_longer_steps_are_both_needed(fraction):
+  rows = {"method.times.equal_fraction": fraction, "method.label_dropout.droppable": "all"}
+  with pytest.raises(
+    ValueError, match=f"equal_fraction must lie between 0 and 1, got {fraction:g}"
+  ):
+    train_step(tiny_config(CHANGES | rows), mesh_of(1, 1))

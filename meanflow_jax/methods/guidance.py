@@ -21,6 +21,7 @@ from meanflow_jax.arrays import (
 )
 from meanflow_jax.methods.row_groups import RowGroups
 
+ROUNDING = 1e-9  # of a scale: 0.4 / (1 - 0.6) is a little less than 1
 DROPPABLE_ROWS = ("all", "equal")
 
 
@@ -48,11 +49,21 @@ class Guidance:
       raise ValueError(f"guidance from_step must be 0 or more, got {self.from_step}")
     if not 0 <= self.kappa < 1:
       raise ValueError(f"guidance kappa must lie in [0, 1), got {self.kappa}")
+    if not 1 - ROUNDING <= self.scale < math.inf:
+      raise ValueError(
+        "guidance must have an effective scale omega / (1 - kappa) of 1, for none, or more: got "
+        f"{self.scale:g} (omega {self.omega:g}, kappa {self.kappa:g})"
+      )
     if not 0 <= self.t_start < self.t_end <= 1:
       raise ValueError(
         f"the guidance interval must satisfy 0 <= t_start < t_end <= 1, "
         f"got t_start {self.t_start} and t_end {self.t_end}"
       )
+
+  @property
+  def scale(self) -> float:
+    """The effective scale; 1 is without guidance."""
+    return self.omega / (1 - self.kappa)
 
   @property
   def needs_conditional(self) -> bool:
@@ -70,9 +81,8 @@ class Guidance:
     return self.needs_conditional or self.needs_unconditional
 
   def __str__(self) -> str:
-    scale = self.omega / (1 - self.kappa)
     return (
-      f"an effective scale of {scale:g} (method.guidance: omega {self.omega:g}, kappa "
+      f"an effective scale of {self.scale:g} (method.guidance: omega {self.omega:g}, kappa "
       f"{self.kappa:g}) for t in [{self.t_start:g}, {self.t_end:g}]"
     )
 

@@ -1,6 +1,7 @@
 """Improved MeanFlow: a regression to velocities, with guidance as an input (arXiv 2512.02012)."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple, no_type_check
 
@@ -70,6 +71,7 @@ class ImprovedMeanFlow(Method):
   """
 
   HEADS: ClassVar[tuple[str, ...]] = (U, V)
+  GUIDANCE: ClassVar[tuple[str, ...]] = ("omega_max", "omega_exponent", "interval_split")
 
   times: TimePairs
   label_dropout: LabelDropout
@@ -81,9 +83,13 @@ class ImprovedMeanFlow(Method):
 
   def __post_init__(self):
     self.label_dropout.probability(self.rows)
-    if not self.omega_max >= 1:
+    if not 1 <= self.omega_max < math.inf:
       raise ValueError(
         f"method.improved_meanflow.omega_max must be 1, for no guidance, or more: {self.omega_max}"
+      )
+    if not math.isfinite(self.omega_exponent):
+      raise ValueError(
+        f"method.improved_meanflow.omega_exponent must be a number, got {self.omega_exponent}"
       )
     if not 0 < self.interval_split < 1:
       raise ValueError(

@@ -1,6 +1,7 @@
 """MeanFlow: average velocities learnt from their identity (arXiv 2505.13447)."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import NamedTuple, no_type_check
 
@@ -61,8 +62,10 @@ class AdaptiveWeight:
   c: float
 
   def __post_init__(self):
-    if self.c <= 0:
+    if not 0 < self.c < math.inf:
       raise ValueError(f"the adaptive weight's c must be positive, got {self.c}")
+    if not 0 <= self.p < math.inf:
+      raise ValueError(f"the adaptive weight's p must be 0, for no weight, or more; got {self.p}")
 
   def __call__(self, error: Float[Array, "B"]) -> Float[Array, "B"]:
     """The weighted error of each row, from its squared error summed over the elements."""
@@ -146,19 +149,14 @@ class MeanFlow(Method):
         "guidance would never begin"
       )
 
-  @property
-  def forward_passes(self) -> float:
-    """What one step costs, in forward passes of its batch; a backward pass counts as two.
+  def flops(self, forward: Callable[..., float]) -> float:
+    """What a step costs for each row, from what a forward pass costs.
 
     With dropout in the network, kappa costs a pass of all rows instead of those with r < t.
     """
     ahead = self.times.rows.rest / self.times.rows.size
     guidance = self.guidance.needs_unconditional + ahead * self.guidance.needs_conditional
-    return 3 + ahead + guidance
-
-  def flops(self, forward: Callable[..., float]) -> float:
-    """What a step costs for each row, from what a forward pass costs."""
-    return self.forward_passes * forward()
+    return (3 + ahead + guidance) * forward()
 
   def sampling_guidance(self, omega: float, t_min: float, t_max: float) -> SamplingGuidance:
     """Classifier-free guidance of each step, where the target has none.
@@ -166,12 +164,14 @@ class MeanFlow(Method):
     Raises:
       ValueError: guidance was fixed in training; says at which scale.
     """
-    if omega != 1 and self.guidance.is_on:
+    guidance = SamplingGuidance(omega, t_min, t_max, self.null_label)
+    if self.guidance.is_on and (omega, t_min, t_max) != (1, 0, 1):
       raise ValueError(
         f"the guidance of this model was fixed in training, at {self.guidance}: when sampling it "
-        f"cannot be {omega}. Leave sample.guidance.omega (and evaluate.omega) at 1"
+        f"cannot be {omega} on [{t_min:g}, {t_max:g}]. Leave sample.guidance (and omega, t_min "
+        "and t_max of evaluate) at 1 on [0, 1]"
       )
-    return SamplingGuidance(omega, t_min, t_max, self.null_label)
+    return guidance
 
   def draw(self, key: PRNGKey, x: Image, y: Label, step: Step = 0) -> Draws:
     """Draws all random numbers of one step for data x with labels y, and whether it is guided."""

@@ -25,9 +25,11 @@ class Method(abc.ABC):
 
   Attributes:
     HEADS: the velocities that its loss trains; its networks are those with just these heads.
+    GUIDANCE: those of its own keys that say how guidance is trained, if not `guidance` does.
   """
 
   HEADS: ClassVar[tuple[str, ...]] = ("u",)
+  GUIDANCE: ClassVar[tuple[str, ...]] = ()
 
   @property
   @abc.abstractmethod

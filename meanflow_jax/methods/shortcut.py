@@ -42,6 +42,15 @@ class Shortcut(MeanFlow):
     if self.steps < 2 or self.steps & (self.steps - 1):
       raise ValueError(f"method.shortcut.steps must be 2, 4, 8, ..., got {self.steps}")
 
+  def check_steps(self, total: int) -> None:
+    """Raises a ValueError if data would never teach, or longer steps never be taught."""
+    super().check_steps(total)
+    if not 0 < self.rows.first < self.rows.size:
+      raise ValueError(
+        "shortcut models learn from data where r = t, and longer steps where r < t: "
+        f"method.times.equal_fraction must lie between 0 and 1, got {self.times.equal_fraction:g}"
+      )
+
   def flops(self, forward: Callable[..., float]) -> float:
     """What a step costs for each row, from what a forward pass costs: two for the target of rows
     with r < t, and of guidance one for the others."""

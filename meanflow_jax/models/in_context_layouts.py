@@ -6,6 +6,8 @@ product, as are the two that enter the perceptron, and the halves of a head are 
 function, with the features of queries and keys in another order.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +33,7 @@ BLOCK = {
   "mlp_norm/scale": "norm2/kernel",
   "mlp_gate": "mlp_scale",
 }
+HEAD_END = "net/v_final_layer/"
 JOINED = {"qkv/kernel": ("q", "k", "v"), "mlp_in/kernel": ("gate", "hidden")}
 EMBEDDERS = {"omega": "omega", "t_min": "cfg_t_start", "t_max": "cfg_t_end", "h": "h"}
 EMBEDDER_LAYERS = {"hidden": "layers_0", "out": "layers_2"}
@@ -42,8 +45,20 @@ ENDS = {
 }
 
 
-def from_imeanflow(network: InContextDiT, image_shape: tuple[int, ...], tensors: Tensors) -> Params:
+def from_imeanflow(
+  network: InContextDiT,
+  image_shape: tuple[int, ...],
+  tensors: Tensors,
+  initial: Callable[[], Params] | None = None,
+) -> Params:
   """The parameters from those of improved MeanFlow's reference, by path ("net/time_tokens").
+
+  Args:
+    network: what is to have them.
+    image_shape: [H, W, C] of what it sees.
+    tensors: theirs.
+    initial: makes the parameters before training, of which the auxiliary head takes its own where
+      the file is for sampling alone (`lacks_head`).
 
   Raises:
     ValueError: a tensor is missing, too many or of another shape; lists their names. The network is
@@ -55,6 +70,12 @@ def from_imeanflow(network: InContextDiT, image_shape: tuple[int, ...], tensors:
       f"{network.conditioning} and {network.positions!r}"
     )
   shapes = _shapes(network, image_shape)
+  anew: Params = {}
+  if initial is not None and lacks_head(tensors):
+    before = initial()
+    anew = {name: before[name] for name in network.TRAINING_ONLY}
+    shapes = {path: x for path, x in shapes.items() if path.partition("/")[0] not in anew}
+    tensors = {name: x for name, x in tensors.items() if not name.startswith(HEAD_END)}
   found = read_tensors(_apart(network, shapes, image_shape), tensors, _their_name, FLAX_AXES)
   parts = traverse_util.flatten_dict(found, sep="/")
   size = network.width // network.num_heads
@@ -65,7 +86,12 @@ def from_imeanflow(network: InContextDiT, image_shape: tuple[int, ...], tensors:
   params["patch_embedder/kernel"] = params["patch_embedder/kernel"].reshape(
     shapes["patch_embedder/kernel"].shape
   )
-  return traverse_util.unflatten_dict(params, sep="/")
+  return traverse_util.unflatten_dict(params, sep="/") | anew
+
+
+def lacks_head(tensors: Tensors) -> bool:
+  """Whether a file has no blocks of the auxiliary head, only its last layer at most."""
+  return not any(name.startswith(f"net/{STACKS['v_blocks']}_") for name in tensors)
 
 
 def _shapes(network: InContextDiT, image_shape: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Key
 
 from meanflow_jax.arrays import Image, Label, Time, told
@@ -376,6 +377,31 @@ BLOCK = {
   "attention_out": "proj",
 }
 LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+# The sets of weights in the published trainer's files, by their prefixes, and what else is there.
+SETS = {
+  "net": "params",
+  "net_ema": "ema_0.9999",
+  "net_ema1": "ema_0.99995",
+  "net_ema2": "ema_0.9996",
+}
+BUFFERS = ("num_updates", "resample_filter")
+
+
+def sets_from_torch(tensors: Tensors, name: str) -> dict[str, Tensors]:
+  """The sets of weights among the tensors of a file: network and averages, or one set alone.
+
+  Args:
+    tensors: by name, below the prefix of their set where there are several.
+    name: of the set, where there is one.
+  """
+  weights = {key: x for key, x in tensors.items() if key.rpartition(".")[2] not in BUFFERS}
+  if not all(key.partition(".")[0] in SETS for key in weights):
+    return {name: weights}
+  sets: dict[str, dict[str, np.ndarray]] = {}
+  for key, x in weights.items():
+    prefix, _, rest = key.partition(".")
+    sets.setdefault(SETS[prefix], {})[rest] = x
+  return sets
 
 
 def params_from_torch(network: UNet, image_shape: tuple[int, ...], tensors: Tensors) -> Params:
