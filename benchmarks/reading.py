@@ -17,8 +17,9 @@ COUNT = 1500
 
 def run_main(workdir: pathlib.Path, *flags: str, preset: str = "digits") -> None:
   """A run of main.py with a preset, in a process of its own."""
-  command = [sys.executable, "main.py", f"--config=configs/{preset}.py", f"--workdir={workdir}"]
-  subprocess.run([*command, *flags], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+  config, folder = f"--config=configs/{preset}.py", f"--workdir={workdir.resolve()}"
+  command = [sys.executable, "main.py", config, folder, *flags]
+  subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
 def rows_of(workdir: pathlib.Path) -> list[dict[str, Any]]:
@@ -32,7 +33,7 @@ def samples(
   """1,500 samples of a trained run, and their labels."""
   out = workdir / f"samples_nfe{nfe}.npz"
   settings = [f"--config.sample.count={COUNT}", f"--config.sample.nfe={nfe}"]
-  run_main(workdir, "--mode=sample", f"--out={out}", *settings, *flags, preset=preset)
+  run_main(workdir, "--mode=sample", f"--out={out.resolve()}", *settings, *flags, preset=preset)
   with np.load(out) as file:
     return file["arr_0"], file["arr_1"]
 

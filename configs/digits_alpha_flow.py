@@ -1,6 +1,9 @@
 """alpha-Flow on class-conditional digits, 8x8: from flow matching to MeanFlow by degrees.
 
-python main.py --config=configs/digits_alpha_flow.py --workdir=runs/digits_alpha_flow
+  python main.py --config=configs/digits_alpha_flow.py --workdir=runs/digits_alpha_flow
+
+After 90 seconds on two CPU cores (1,342 steps) the pixel Frechet distance is 0.73 in one step and
+0.53 in two (benchmarks/RESULTS.md).
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,10 @@
 """MeanFlow on digits from a flow-matching model: without guidance first, then with.
 
-python main.py --config=configs/digits_flow.py --workdir=runs/digits_flow
-python main.py --config=configs/digits_fine_tune.py --workdir=runs/digits_fine_tune
+  python main.py --config=configs/digits_flow.py --workdir=runs/digits_flow
+  python main.py --config=configs/digits_fine_tune.py --workdir=runs/digits_fine_tune
+
+The two take as long as configs/digits.py, and come to a pixel Frechet distance of 0.44 in one step;
+there it is 0.52 (benchmarks/RESULTS.md).
 """
 
 from ml_collections import ConfigDict

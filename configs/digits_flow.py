@@ -2,7 +2,7 @@
 
 Times are those of MeanFlow, the later of two draws, and targets have no guidance.
 
-python main.py --config=configs/digits_flow.py --workdir=runs/digits_flow
+  python main.py --config=configs/digits_flow.py --workdir=runs/digits_flow
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,9 @@
 """A shortcut model of class-conditional digits, 8x8: a long step is two of half its length.
 
-python main.py --config=configs/digits_shortcut.py --workdir=runs/digits_shortcut
+  python main.py --config=configs/digits_shortcut.py --workdir=runs/digits_shortcut
+
+After 90 seconds on two CPU cores (1,373 steps) the pixel Frechet distance is 0.91 in one step and
+0.69 in two (benchmarks/RESULTS.md).
 """
 
 from ml_collections import ConfigDict
