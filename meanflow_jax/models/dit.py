@@ -10,19 +10,20 @@ from meanflow_jax.arrays import Image, Label, Time
 from meanflow_jax.kernels import plain
 from meanflow_jax.models.embeddings import TimeEmbedder
 from meanflow_jax.models.patches import join_patches
-from meanflow_jax.models.rematerialisation import name_mixed
+from meanflow_jax.models.rematerialisation import kept, kept_product
 from meanflow_jax.models.transformer import PatchTransformer, Tokens
 
 Condition = Float[Array, "B E"]
 # Attention [B, N, E] of queries, keys and values [B, N, 3 E] with a number of heads.
 Mixer = Callable[[Array, int], Array]
+Layer = Callable[[Array], Array]
 
 MLP_RATIO = 4
 
 
-def _dense(features: int, dtype: str, name: str, *, zero: bool = False) -> nn.Dense:
+def _dense(features: int, dtype: str, name: str, *, zero: bool = False) -> Layer:
   init = nn.initializers.zeros if zero else nn.initializers.xavier_uniform()
-  return nn.Dense(features, dtype=dtype, kernel_init=init, name=name)
+  return kept_product(nn.Dense(features, dtype=dtype, kernel_init=init, name=name))
 
 
 def _norm(dtype: str) -> nn.LayerNorm:
@@ -45,7 +46,7 @@ class Attention(nn.Module):
     """Mixes tokens."""
     width = x.shape[-1]
     qkv = _dense(3 * width, self.dtype, "qkv")(x)
-    mixed = name_mixed(self.attention(qkv, self.num_heads))
+    mixed = kept(self.attention(qkv, self.num_heads))
     return _dense(width, self.dtype, "out")(mixed)
 
 

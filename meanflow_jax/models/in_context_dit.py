@@ -13,7 +13,7 @@ from meanflow_jax.kernels import plain
 from meanflow_jax.kernels.rotary import Scales
 from meanflow_jax.models.embeddings import TimeEmbedder
 from meanflow_jax.models.patches import join_patches
-from meanflow_jax.models.rematerialisation import name_mixed
+from meanflow_jax.models.rematerialisation import kept, kept_product
 from meanflow_jax.models.transformer import PatchTransformer, Tokens
 
 # Attention [B, N, E] of queries, keys and values [B, N, 3 E] with a number of heads; queries and
@@ -66,13 +66,14 @@ class Block(nn.Module):
     scales = jnp.stack([_Scale(name=f"{name}_norm")(size) for name in ("q", "k")])
     scales = jnp.broadcast_to(scales[None], (batch, *scales.shape))
     qkv = self._dense(3 * width, "qkv")(x)
-    mixed = name_mixed(self.attention(qkv, self.num_heads, scales))
+    mixed = kept(self.attention(qkv, self.num_heads, scales))
     return self._dense(width, "attention_out")(mixed)
 
-  def _dense(self, features: int, name: str) -> nn.Dense:
-    return nn.Dense(
+  def _dense(self, features: int, name: str) -> Callable[[Array], Array]:
+    layer = nn.Dense(
       features, use_bias=False, dtype=self.dtype, kernel_init=_scaled(GAIN), name=name
     )
+    return kept_product(layer)
 
   def _norm(self, name: str) -> nn.RMSNorm:
     return nn.RMSNorm(epsilon=1e-6, dtype=self.dtype, name=name)

@@ -1,5 +1,7 @@
 """What the backward pass of a stack of blocks recomputes, and what is kept for it."""
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -7,12 +9,21 @@ from jaxtyping import Array
 
 REMAT = ("none", "matmuls", "blocks")
 
-_MIXED = "mixed"  # what attention puts out
+_KEPT = "kept"
 
 
-def name_mixed(x: Array) -> Array:
-  """Marks what attention puts out, so that "matmuls" keeps it."""
-  return checkpoint_name(x, _MIXED)
+def kept(x: Array) -> Array:
+  """Marks what "matmuls" keeps for the backward pass."""
+  return checkpoint_name(x, _KEPT)
+
+
+def kept_product(layer: nn.Dense) -> Callable[[Array], Array]:
+  """A layer whose product with weights, bias included, "matmuls" keeps.
+
+  Kept before its bias, as by policies that ask for products, it would be stored beside the sum, and
+  added up again.
+  """
+  return lambda x: kept(layer(x))
 
 
 def rematerialised(block: type[nn.Module], remat: str, *, scan: bool) -> type[nn.Module]:
@@ -20,17 +31,15 @@ def rematerialised(block: type[nn.Module], remat: str, *, scan: bool) -> type[nn
 
   Args:
     block: of a stack of layers.
-    remat: what is recomputed: "none", "matmuls": all but products with weights and the output of
-      attention (so that no attention scores are kept), "blocks": all but the block's input.
+    remat: what is recomputed: "none", "matmuls": all but what is `kept`, which are products with
+      weights and the output of attention (so that no attention scores are), "blocks": all but the
+      block's input.
     scan: whether the stack is a loop, instead of unrolled.
   """
   if remat == "blocks":
     return nn.remat(block, prevent_cse=not scan)
   if remat == "matmuls":
     # Unrolled, XLA may undo this: it finds what to keep by itself. It cannot see through a scan.
-    policies = jax.checkpoint_policies
-    policy = policies.save_from_both_policies(
-      policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(_MIXED)
-    )
+    policy = jax.checkpoint_policies.save_only_these_names(_KEPT)
     return nn.remat(block, prevent_cse=False, policy=policy)
   return block
