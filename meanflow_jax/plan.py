@@ -140,7 +140,7 @@ def _tpu_plan(config: ConfigDict, machine: Slice) -> Iterator[str]:
   """The rows of the plan, each as soon as it is known."""
   job = Job.on(config, machine)
   step, mesh = _built(config, job.devices)
-  yield from _heading(job, mesh)
+  yield from _heading(job, step, mesh)
   start = config.train.batch_size
   with futures.ThreadPoolExecutor(1) as second_core:
     unrolled = second_core.submit(_unrolled, job)
@@ -156,10 +156,10 @@ def _tpu_plan(config: ConfigDict, machine: Slice) -> Iterator[str]:
   elif figures is None:
     yield "With the layers unrolled no batch fits: neither operations nor time are known."
   else:
-    yield from _cost(job, step, figures)
+    yield from _cost(job, step, figures, need.compiled)
 
 
-def _heading(job: Job, mesh: Mesh) -> Iterator[str]:
+def _heading(job: Job, step: TrainStep, mesh: Mesh) -> Iterator[str]:
   config, machine = job.config, job.machine
   cores = "" if job.share == 1 else f" (as {mesh.size} devices, one of each core)"
   yield _line("topology", f"{machine.name}, {machine.chips} chips{cores}")
@@ -168,7 +168,7 @@ def _heading(job: Job, mesh: Mesh) -> Iterator[str]:
   share = f"{rows / mesh.size:g} per device, {config.train.accumulate} microbatches"
   yield _line("batch", f"{rows} ({share})")
   model = config.model
-  scan = f", scan {model.scan}" if model.name == "dit" else ""
+  scan = f", scan {step.network.scan}" if hasattr(step.network, "scan") else ""
   yield _line("model", f"{model.name}, {model.dtype}, remat {model.remat}{scan}")
 
 
@@ -215,8 +215,15 @@ def _largest(found: Largest, devices: int) -> str:
   return f"{found.batch} ({found.batch // devices} per device){peak}; {limit}"
 
 
-def _cost(job: Job, step: TrainStep, figures: Compiled) -> Iterator[str]:
-  """Operations, traffic and time, of one compilation with the layers unrolled."""
+def _cost(job: Job, step: TrainStep, figures: Compiled, trained: Compiled | None) -> Iterator[str]:
+  """Operations, traffic and time.
+
+  Args:
+    job: what is planned.
+    step: of training.
+    figures: of one compilation with the layers unrolled.
+    trained: of the form that trains, if it fits.
+  """
   config, chip = job.config, job.machine.chip
   rows = round(figures.images * len(job.devices))
   yield _line("unrolled", f"{rows} images, compiled in {figures.seconds:.0f} s: the rest is of it")
@@ -229,6 +236,13 @@ def _cost(job: Job, step: TrainStep, figures: Compiled) -> Iterator[str]:
   yield _line("roofline", f"{roofline} per {rows} images")
   seconds = (figures.estimate or roofline.seconds) * config.train.batch_size / rows
   source = "the compiler's estimate" if figures.estimate else _NO_ESTIMATE
+  scanned = trained is not None and getattr(step.network, "scan", False)
+  if scanned and (ratio := _ratio(job, trained, figures)):
+    yield _line(
+      "time unrolled", f"{seconds * 1e3:.4g} ms/step (--config.model.scan=False): {source}"
+    )
+    seconds *= ratio
+    source = f"{ratio:.2f} times that, by the cycles of both schedules"
   yield _line("time", f"{seconds * 1e3:.4g} ms/step: {source}")
   yield from _whole_run(seconds, config.train, job.machine.chips)
   images = config.train.batch_size / seconds / job.machine.chips
@@ -236,6 +250,14 @@ def _cost(job: Job, step: TrainStep, figures: Compiled) -> Iterator[str]:
   yield _line(
     "utilisation", f"{images:.0f} images/s per chip, {used:.0%} of the peak for the model"
   )
+
+
+def _ratio(job: Job, scanned: Compiled, unrolled: Compiled) -> float | None:
+  """Of the times of a scanned and an unrolled step; None where the schedules state no cycles."""
+  if not (scanned.program.cycles and unrolled.program.cycles and job.machine.chip.clock):
+    return None
+  seconds = lambda x: scheduled_seconds(x, job.machine.chip, job.share) / x.images
+  return seconds(scanned) / seconds(unrolled)
 
 
 def _unrolled(job: Job) -> Compiled | None:

@@ -214,5 +214,8 @@ def test_a_plan_by_the_compiler_of_tpus(monkeypatch, capsys):
   assert rows["fits"].endswith(" of 102.80 GB per device")
   assert number(rows["all-reduce"]) >= 1
   assert rows["largest batch"].startswith("16 (4 per device), ")
-  assert "ms/step: " in rows["time"]
-  assert number(rows["whole run"]) > 0
+  assert "--config.model.scan=False" in rows["time unrolled"]
+  ratio = float(rows["time"].partition("ms/step: ")[2].partition(" times")[0])
+  assert 0.5 < ratio < 5
+  assert number(rows["time"]) == pytest.approx(ratio * number(rows["time unrolled"]), rel=0.02)
+  assert number(rows["whole run"]) == pytest.approx(1e3 / number(rows["time"]), rel=0.01)
