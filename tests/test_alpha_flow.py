@@ -169,6 +169,7 @@ def test_without_rows_ahead_it_is_flow_matching():
 CHANGES = {"method.name": "alpha_flow", "method.alpha_flow.anneal_to": 4, "train.steps": 4}
 
 
+@pytest.mark.slow
 def test_devices_and_microbatches_change_no_number():
   """Through all phases."""
   config = tiny_config(CHANGES | {"train.batch_size": 32})

@@ -15,6 +15,7 @@ def benchmark(*flags: str) -> subprocess.CompletedProcess[str]:
   return subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_it_times_our_step_beside_the_plain_one() -> None:
   done = benchmark("--steps=1")
   assert done.returncode == 0, done.stderr

@@ -307,6 +307,7 @@ def autoencoder_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path
   return folder
 
 
+@pytest.mark.slow
 def test_a_model_of_latents_is_shown_measured_and_scored_as_images(
   autoencoder_folder: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

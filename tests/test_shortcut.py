@@ -180,6 +180,7 @@ def test_sampling_takes_steps_of_the_lengths_that_are_taught():
 CHANGES = {"method.name": "shortcut", "train.steps": 4}
 
 
+@pytest.mark.slow
 def test_devices_and_microbatches_change_no_number():
   """But rounding: what a start of zeros has let grow to 1e-10 by now is the rest of large sums."""
   config = tiny_config(CHANGES | {"train.batch_size": 32})

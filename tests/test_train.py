@@ -190,6 +190,7 @@ def test_two_runs_do_not_share_a_workdir(tmp_path: pathlib.Path) -> None:
     pass
 
 
+@pytest.mark.slow
 def test_checkpoints_may_lie_elsewhere(tmp_path: pathlib.Path) -> None:
   bucket = tmp_path / "bucket"
   config = tiny({"checkpoint.path": str(bucket), "train.guard.action": "record"})
@@ -285,6 +286,7 @@ def test_where_there_is_nothing_to_start_from_nothing_starts(
   assert "metrics.jsonl" not in names(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_checkpoints_that_lie_elsewhere(
   tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
