@@ -178,7 +178,8 @@ def test_the_best_checkpoint_is_kept_and_sampled(tmp_path: pathlib.Path) -> None
   best = min(figures, key=figures.__getitem__)
   noted = json.loads((tmp_path / "run" / "best.json").read_text())
   step = int(best.removeprefix("step_"))
-  assert noted.pop("conditions")["count"] == 32
+  conditions = noted.pop("conditions")
+  assert (conditions["count"], conditions["omega"], conditions["t_min"]) == (32, 1.0, 0.0)
   assert noted == {"step": step, "figure": name, "value": figures[best]}
   with storage.best_checkpoint(config, tmp_path / "run", read_only=True) as saved:
     assert saved.steps() == [step]
@@ -208,6 +209,32 @@ def test_the_better_figure_is_that_of_the_better_images(
   assert not evaluate.is_best(tmp_path, name, worse, alike)
   assert evaluate.is_best(tmp_path, "another_nfe1", worse, alike)
   assert evaluate.is_best(tmp_path, name, worse, alike | {"count": 500})
+
+
+def row(step: int, value: float, **setting: float) -> evaluate.Row:
+  plain = {"nfe": 1, "ema": 0.9, "omega": 2.0, "t_min": 0.0, "t_max": 1.0}
+  return {"step": step, **plain, **setting, "figures": {"frechet_pixels": value}, "count": 50}
+
+
+def test_each_setting_has_a_line_in_the_history(
+  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  drawn: list[Any] = []
+  monkeypatch.setattr(evaluate, "plot_lines", lambda _, x, lines: drawn.append((x, lines)))
+  for step in (4, 8):
+    rows = [row(step, step), row(step, step / 2, t_min=0.3)]
+    evaluate.write_rows(evaluate.figures_path(tmp_path, step), rows)
+  evaluate.plot_history(tmp_path, rows)
+  name = "1 NFE, EMA 0.9, guidance 2 on"
+  lines = {f"{name} [0, 1]": [(4, 4), (8, 8)], f"{name} [0.3, 1]": [(4, 2), (8, 4)]}
+  assert drawn == [("step", {"frechet_pixels": lines})]
+
+
+def test_other_guidance_is_no_better_or_worse() -> None:
+  """Where it is the same in all rows, so that no name tells it."""
+  one, other = ([row(4, 1.0, nfe=nfe, omega=omega) for nfe in (1, 2)] for omega in (1.0, 2.0))
+  assert evaluate.conditions_of_all(one) != evaluate.conditions_of_all(other)
+  assert "nfe" not in evaluate.conditions_of_all(one)
 
 
 def test_a_best_checkpoint_of_a_later_step_gives_way(tmp_path: pathlib.Path) -> None:
