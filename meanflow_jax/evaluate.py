@@ -292,8 +292,9 @@ def plot_history(workdir: pathlib.Path, rows: list[Row]) -> None:
   """Draws every figure against the step, up to that of `rows`, from all rows made alike."""
   newest, conditions = rows[-1], conditions_of(rows[-1])
   paths = sorted((workdir / "figures").glob("step_*.json"))
-  until = [row for path in paths for row in read_rows(path) if row["step"] <= newest["step"]]
-  alike = [row for row in until if conditions_of(row) == conditions]
+  stored = (row for path in paths for row in read_rows(path) if row["step"] <= newest["step"])
+  # The first rows did not tell where guidance is on: everywhere.
+  alike = [{"t_min": 0.0, "t_max": 1.0, **x} for x in stored if conditions_of(x) == conditions]
   intervals = {"t_min", "t_max"} & {*worth_a_column(alike)}
   lines: dict[str, dict[str, list[tuple[float, float]]]] = {}
   for row in alike:

@@ -230,6 +230,18 @@ def test_each_setting_has_a_line_in_the_history(
   assert drawn == [("step", {"frechet_pixels": lines})]
 
 
+def test_rows_of_before_guidance_had_an_interval_are_drawn(
+  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  drawn: list[Any] = []
+  monkeypatch.setattr(evaluate, "plot_lines", lambda _, x, lines: drawn.append(lines))
+  old = {key: value for key, value in row(4, 4).items() if key not in ("t_min", "t_max")}
+  evaluate.write_rows(evaluate.figures_path(tmp_path, 4), [old])
+  evaluate.write_rows(evaluate.figures_path(tmp_path, 8), [row(8, 8)])
+  evaluate.plot_history(tmp_path, [row(8, 8)])
+  assert drawn == [{"frechet_pixels": {"1 NFE, EMA 0.9, guidance 2": [(4, 4), (8, 8)]}}]
+
+
 def test_other_guidance_is_no_better_or_worse() -> None:
   """Where it is the same in all rows, so that no name tells it."""
   one, other = ([row(4, 1.0, nfe=nfe, omega=omega) for nfe in (1, 2)] for omega in (1.0, 2.0))
