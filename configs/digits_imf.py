@@ -3,8 +3,8 @@
   python main.py --config=configs/digits_imf.py --workdir=runs/digits_imf
 
 On two CPU cores 15 minutes. After as many steps as configs/digits.py has, of twice the batch, the
-pixel Frechet distance is 0.41 in one step and 0.37 in two; there it is 0.52 and 0.50
-(benchmarks/RESULTS.md).
+pixel Frechet distance is 0.41 to 0.50 in one step and 0.37 to 0.43 in two, over three seeds; there
+it is 0.48 to 0.52 and 0.44 to 0.50 (benchmarks/RESULTS.md).
 """
 
 from ml_collections import ConfigDict
