@@ -2,8 +2,8 @@
 
   python main.py --config=configs/digits_shortcut.py --workdir=runs/digits_shortcut
 
-After 90 seconds on two CPU cores (1,373 steps) the pixel Frechet distance is 0.91 in one step and
-0.69 in two (benchmarks/RESULTS.md).
+benchmarks/methods.py, which trains it for 90 seconds on two CPU cores (1,373 steps), comes to a
+pixel Frechet distance of 0.91 in one step and 0.69 in two.
 """
 
 from ml_collections import ConfigDict
