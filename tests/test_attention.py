@@ -246,13 +246,16 @@ def test_turned_rows_stay_where_they_are():
 # What has no derivative says so.
 
 
-def test_reverse_mode_through_the_tangent_is_refused():
+@pytest.mark.parametrize("function", [FUSED, plain.attention])
+def test_reverse_mode_through_the_tangent_is_refused(function):
   q, k, v, *along, _ = heads((5, 1, 8), "float32")
-  for function in (FUSED, plain.attention):
-    slope = lambda q, f=function: forward_mode.jvp(f, (q, k, v), tuple(along))[1].sum()
-    jax.jit(slope)(q)
+  both = lambda q, dq: forward_mode.jvp(function, (q, k, v), (dq, *along[1:]))
+  jax.jit(both)(q, along[0])
+  for argument in (0, 1):
     with pytest.raises(NotImplementedError, match="stop_gradient around it"):
-      jax.grad(slope)(q)
+      jax.grad(lambda *args: both(*args)[1].sum(), argument)(q, along[0])
+  # The value does not depend on the direction.
+  assert not jax.grad(lambda dq: both(q, dq)[0].sum())(along[0]).any()
 
 
 def test_a_jvp_that_was_not_announced_is_refused():

@@ -58,7 +58,7 @@ def gpus(*nodes: int, slice_index: bool = False) -> list[Device]:
   """GPUs of nodes of the given sizes: a process for each node, or, where slices are known, GPU."""
   of_node = [node for node, size in enumerate(nodes) for _ in range(size)]
   return [
-    Device(i, "gpu", i if slice_index else node, node if slice_index else None)
+    Device(i, "gpu", i if slice_index else node, node if slice_index else None, device_kind="H100")
     for i, node in enumerate(of_node)
   ][::-1]
 

@@ -6,12 +6,12 @@ derivative is kept for it or computed again, and a kernel needs no rule for both
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
+from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import JaxprEqn, Primitive
 from jax.interpreters import ad, batching, mlir, partial_eval
 from jaxtyping import Array, PyTree
@@ -37,54 +37,66 @@ def jvp(
   Raises:
     NotImplementedError: later, if a gradient is taken through the derivative.
   """
-  f, closed_over = _closed(f, *primals)
+  f, arguments = _of_arrays(f, *primals)
 
-  def forward(
-    closed_over: list, primals: tuple, tangents: tuple
-  ) -> tuple[tuple[PyTree, PyTree], Callable]:
-    linearised = lambda *primals: jax.vjp(f, *primals, *closed_over)
-    value, derivative, pull_back = jax.jvp(linearised, primals, tangents, has_aux=True)
-    return (value, derivative), pull_back
+  @jax.custom_jvp
+  def both(arguments: list[Array], along: list[Array]) -> tuple[PyTree, PyTree]:
+    return _linearised(f, arguments, along, range(len(arguments)))[0]
 
-  def backward(pull_back: Callable, gradients: tuple[PyTree, PyTree]) -> tuple:
-    of_value, of_derivative = gradients
-    if not all(isinstance(g, SymbolicZero) for g in jax.tree.leaves(of_derivative)):
-      raise NotImplementedError(
-        "a gradient is taken through a forward-mode derivative (the second value of "
-        "kernels.forward_mode.jvp), which has none: put jax.lax.stop_gradient around it, or take "
-        "jax.jvp of a network with plain attention"
-      )
-    found = pull_back(jax.tree.map(_instantiated, of_value))
-    return list(found[len(primals) :]), found[: len(primals)], None
+  def rule(primals: tuple, moves: tuple) -> tuple:
+    moves, others = ({i: d for i, d in enumerate(ds) if not _is_zero(d)} for ds in moves)
+    (value, slope), change = _linearised(f, *primals, moves or range(len(primals[0])))
+    change_of_value = change(moves) if moves else jax.tree.map(jnp.zeros_like, value)
+    every = [*moves.values(), *others.values()]
+    change_of_slope = jax.tree.map(lambda x: _refused.bind(*every, like=jax.typeof(x)), slope)
+    return (value, slope), (change_of_value, change_of_slope)
 
-  both = jax.custom_vjp(lambda *args: forward(*args)[0])
-  both.defvjp(
-    lambda *args: forward(*custom_vjp_primal_tree_values(args)), backward, symbolic_zeros=True
-  )
-  return both(closed_over, primals, tangents)
+  both.defjvp(rule, symbolic_zeros=True)
+  return both(arguments, jax.tree.leaves(tangents))
 
 
-def _closed(f: Callable[..., PyTree], *args: PyTree) -> tuple[Callable[..., PyTree], list[Array]]:
-  """A function of the same and of all that it closes over, and the latter.
+def _of_arrays(
+  f: Callable[..., PyTree], *args: PyTree
+) -> tuple[Callable[..., PyTree], list[Array]]:
+  """A function of the arrays in its arguments and of all that it closes over, and those arrays.
 
   `jax.closure_convert` leaves integers inside, which are of no use once a branch or loop around
   them has been traced.
   """
   jaxpr, shape = jax.make_jaxpr(f, return_shape=True)(*args)
-  count = len(args)
+  given = jax.tree.leaves(args)
+  count = len(given)
 
-  def function(*args: PyTree) -> PyTree:
-    given, closed_over = jax.tree.leaves(args[:count]), args[count:]
-    values = jax.core.eval_jaxpr(jaxpr.jaxpr, closed_over, *given)
+  def function(*arrays: Array) -> PyTree:
+    values = jax.core.eval_jaxpr(jaxpr.jaxpr, arrays[count:], *arrays[:count])
     return jax.tree.unflatten(jax.tree.structure(shape), values)
 
-  return function, [jnp.asarray(const) for const in jaxpr.consts]
+  return function, [*given, *map(jnp.asarray, jaxpr.consts)]
 
 
-def _instantiated(gradient: Array | SymbolicZero) -> Array:
-  if isinstance(gradient, SymbolicZero):
-    return jnp.zeros(gradient.shape, gradient.dtype)
-  return gradient
+def _linearised(
+  f: Callable[..., PyTree], arguments: list[Array], along: list[Array], moving: Iterable[int]
+) -> tuple[tuple[PyTree, PyTree], Callable[[dict[int, Array]], PyTree]]:
+  """Value and derivative of a function, and how the value changes where other arguments move.
+
+  Args:
+    f: of arrays.
+    arguments: its arguments.
+    along: directions of the first of them, of the derivative.
+    moving: numbers of those arguments of whose directions the change is a linear function.
+  """
+
+  def linearised(*first: Array) -> tuple[PyTree, Callable]:
+    at = dict(enumerate([*first, *arguments[len(first) :]]))
+    of_moving = lambda changed: f(*(at | changed).values())
+    return jax.linearize(of_moving, {i: at[i] for i in moving})
+
+  value, slope, change = jax.jvp(linearised, arguments[: len(along)], along, has_aux=True)
+  return (value, slope), change
+
+
+def _is_zero(direction: Array | SymbolicZero) -> bool:
+  return isinstance(direction, SymbolicZero)
 
 
 def differentiable(
@@ -145,8 +157,9 @@ def _tangent(*args: Array, forward: Callable, tangent: Callable) -> tuple[Array,
   return tangent(*args)
 
 
-def _without_tangent(used: list[bool], eqn: JaxprEqn) -> tuple[list[bool], JaxprEqn | None]:
+def _without_tangent(used: list[bool], *rest: Any) -> tuple[list[bool], JaxprEqn | None]:
   """What is left of both where not both are used: the tangent's arguments are not needed then."""
+  eqn = rest[-1]  # jax 0.12 says before it which arguments are references that are still read
   count = len(eqn.invars) // 2
   if not any(used):
     return [False] * 2 * count, None
@@ -163,6 +176,21 @@ def _batched(args: tuple, axes: tuple, *, forward: Callable, tangent: Callable) 
 def _batched_pair(args: tuple, axes: tuple, *, forward: Callable, tangent: Callable) -> tuple:
   return jax.vmap(tangent, in_axes=axes)(*args), (0, 0)
 
+
+def _refuse_gradient(*_: object, **__: object) -> NoReturn:
+  raise NotImplementedError(
+    "a derivative is taken of a forward-mode derivative (the second value of "
+    "kernels.forward_mode.jvp), which has none: put jax.lax.stop_gradient around it, or take "
+    "jax.jvp of a network with plain attention"
+  )
+
+
+# How the derivative changes: of no use to anyone who stops it.
+_refused = Primitive("change_of_derivative")
+_refused.def_impl(_refuse_gradient)
+_refused.def_abstract_eval(lambda *_, like: like)
+ad.primitive_transposes[_refused] = _refuse_gradient
+mlir.register_lowering(_refused, _refuse_gradient)
 
 # A `custom_jvp` would not do: linearising a scan or a rematerialised block drops its rule.
 _value = Primitive("value_with_tangent")
