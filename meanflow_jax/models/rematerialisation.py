@@ -18,12 +18,12 @@ def kept(x: Array) -> Array:
 
 
 def kept_product(layer: nn.Dense) -> Callable[[Array], Array]:
-  """A layer whose product with weights, bias included, "matmuls" keeps.
+  """A layer whose product with weights, bias included, "matmuls" keeps, in the layer's dtype.
 
   Kept before its bias, as by policies that ask for products, it would be stored beside the sum, and
   added up again.
   """
-  return lambda x: kept(layer(x))
+  return lambda x: kept(layer(x).astype(layer.dtype))
 
 
 def rematerialised(block: type[nn.Module], remat: str, *, scan: bool) -> type[nn.Module]:
