@@ -3,7 +3,7 @@
 import dataclasses
 import enum
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, no_type_check
 
 import flax.linen as nn
@@ -329,25 +329,50 @@ class TrainStep:
     y: Label,
     draws: PyTree,
   ) -> tuple[tuple[Scalar, Metrics], PyTree]:
-    """Loss, metrics and gradient, averaged over the microbatches."""
+    """Loss, metrics and gradient, averaged over the microbatches.
 
-    def loss(params: PyTree, x: Image, y: Label, draws: PyTree) -> tuple[Scalar, Metrics]:
-      return self.method.objective(velocity_fn(self.network, params), x, y, draws)
+    There is one gradient in memory, to which each backward pass adds.
+    """
+    sums = jax.tree.map(jax.new_ref, constrain(jax.tree.map(jnp.zeros_like, params)))
 
-    def gradient(*args: PyTree) -> tuple[tuple[Scalar, Metrics], PyTree]:
-      value, grads = jax.value_and_grad(loss, has_aux=True)(*args)
-      return value, constrain(grads)
+    def add(x: Image, y: Label, draws: PyTree) -> tuple[Scalar, Metrics]:
+      def loss(params: PyTree) -> tuple[Scalar, Metrics]:
+        return self.method.objective(velocity_fn(self.network, params), x, y, draws)
+
+      value, pull_back, metrics = jax.vjp(loss, params, has_aux=True)
+      share = jnp.full_like(value, 1 / self.accumulate)
+      add_gradients(sums, pull_back, share, getattr(self.network, "STACKED", ()))
+      return value, metrics
 
     if self.accumulate == 1:
-      return gradient(params, x, y, draws)
+      values = add(x, y, draws)
+    else:
+      parts = microbatches((x, y, draws), self.accumulate, self.method.rows)
+      _, each = jax.lax.scan(lambda _, part: (None, add(*part)), None, parts)
+      values = jax.tree.map(lambda v: jnp.mean(v, axis=0), each)
+    return values, constrain(jax.tree.map(jax.ref.freeze, sums))
 
-    parts = microbatches((x, y, draws), self.accumulate, self.method.rows)
-    add = lambda total, part: jax.tree.map(lambda a, b: a + b / self.accumulate, total, part)
-    zeros = jax.tree.map(
-      lambda s: jnp.zeros(s.shape, s.dtype),
-      jax.eval_shape(gradient, params, *jax.tree.map(lambda a: a[0], parts)),
-    )
-    return jax.lax.scan(lambda sum_, p: (add(sum_, gradient(params, *p)), None), zeros, parts)[0]
+
+def add_gradients(
+  sums: PyTree, pull_back: Callable[..., PyTree], cotangent: Array, stacked: Collection[str]
+) -> None:
+  """Adds the gradients of parameters to sums of them.
+
+  Those of stacked layers are added layer by layer, so that there is never a second stack. All could
+  be added on the way, if jax 0.10 could add to a slice of a parameter.
+
+  Args:
+    sums: references to float32 arrays, of the parameters' shapes.
+    pull_back: of the parameters, from `jax.vjp`.
+    cotangent: its argument.
+    stacked: names of those parameters that a scan passes over.
+  """
+  by_value = lambda tree: jax.tree.map(lambda _: jax.ad.GradValue(), tree)
+  places = {name: refs if name in stacked else by_value(refs) for name, refs in sums.items()}
+  (gradients,) = pull_back.with_refs(places)(cotangent)
+  others = {name: refs for name, refs in sums.items() if name not in stacked}
+  add = lambda ref, gradient: jax.ref.addupdate(ref, ..., gradient)
+  jax.tree.map(add, others, {name: gradients[name] for name in others})
 
 
 def mean_over_devices(gradient: Callable[..., PyTree], mesh: Mesh) -> Callable[..., PyTree]:

@@ -56,6 +56,20 @@ def test_gradients_are_summed_over_the_devices_once(accumulate):
   assert gradients - alike <= size <= gradients + metrics
 
 
+def test_microbatches_add_to_one_gradient():
+  """Of scanned layers there is no second one, in which a microbatch's own gradient would lie."""
+  wide = {"model.width": 256, "model.depth": 4, "model.num_heads": 4, "model.scan": True}
+  mesh = mesh_of(1, 1)
+
+  def temporaries(accumulate: int) -> int:
+    config = tiny(wide | {"train.accumulate": accumulate, "train.batch_size": 4 * accumulate})
+    step = train_step(config, mesh)
+    return compile_step(step, build.abstract_batch(config, mesh), mesh).temporaries
+
+  gradient = device_bytes(train_step(tiny(wide), mesh).abstract_state(mesh).params)
+  assert temporaries(4) - temporaries(1) < gradient / 4
+
+
 def test_bytes_are_those_of_a_shard():
   whole, spread = (
     device_bytes(train_step(tiny(), mesh).abstract_state(mesh).params)

@@ -21,8 +21,8 @@ DTYPES = ("float32", "bfloat16")
 class PatchTransformer(nn.Module):
   """A transformer over the patches of images or latents.
 
-  Parameters are float32; the parameters of blocks are stacked over layers, so that a checkpoint
-  does not depend on `scan`.
+  Parameters are float32; the parameters of blocks are stacked over layers (those named in a class's
+  `STACKED`), so that a checkpoint does not depend on `scan`.
 
   Attributes:
     patch_size: side of a patch, in pixels.
