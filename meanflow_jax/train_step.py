@@ -341,7 +341,7 @@ class TrainStep:
 
       value, pull_back, metrics = jax.vjp(loss, params, has_aux=True)
       share = jnp.full_like(value, 1 / self.accumulate)
-      add_gradients(sums, pull_back, share, getattr(self.network, "STACKED", ()))
+      add_gradients(sums, pull_back, share, getattr(self.network, "looped", ()))
       return value, metrics
 
     if self.accumulate == 1:
@@ -354,23 +354,23 @@ class TrainStep:
 
 
 def add_gradients(
-  sums: PyTree, pull_back: Callable[..., PyTree], cotangent: Array, stacked: Collection[str]
+  sums: PyTree, pull_back: Callable[..., PyTree], cotangent: Array, looped: Collection[str]
 ) -> None:
   """Adds the gradients of parameters to sums of them.
 
-  Those of stacked layers are added layer by layer, so that there is never a second stack. All could
-  be added on the way, if jax 0.10 could add to a slice of a parameter.
+  Those of layers in a loop are added layer by layer, so that there is never a second stack. All
+  could be added on the way, if jax 0.10 could add to a slice of a parameter.
 
   Args:
     sums: references to float32 arrays, of the parameters' shapes.
     pull_back: of the parameters, from `jax.vjp`.
     cotangent: its argument.
-    stacked: names of those parameters that a scan passes over.
+    looped: names of those parameters that a loop passes over.
   """
   by_value = lambda tree: jax.tree.map(lambda _: jax.ad.GradValue(), tree)
-  places = {name: refs if name in stacked else by_value(refs) for name, refs in sums.items()}
+  places = {name: refs if name in looped else by_value(refs) for name, refs in sums.items()}
   (gradients,) = pull_back.with_refs(places)(cotangent)
-  others = {name: refs for name, refs in sums.items() if name not in stacked}
+  others = {name: refs for name, refs in sums.items() if name not in looped}
   add = lambda ref, gradient: jax.ref.addupdate(ref, ..., gradient)
   jax.tree.map(add, others, {name: gradients[name] for name in others})
 

@@ -89,7 +89,7 @@ class DiT(PatchTransformer):
     constrain: fixes the sharding of activations.
   """
 
-  STACKED: ClassVar[tuple[str, ...]] = ("blocks",)
+  STACKS: ClassVar[tuple[str, ...]] = ("blocks",)
 
   attention: Mixer = plain.packed
   constrain: Callable[[Array], Array] = lambda x: x

@@ -98,7 +98,7 @@ class InContextDiT(PatchTransformer):
     constrain: fixes the sharding of activations.
   """
 
-  STACKED: ClassVar[tuple[str, ...]] = ("trunk", "u_blocks", "v_blocks")
+  STACKS: ClassVar[tuple[str, ...]] = ("trunk", "u_blocks", "v_blocks")
   HEADS: ClassVar[tuple[str, ...]] = ("u", "v")
   TRAINING_ONLY: ClassVar[tuple[str, ...]] = ("v_blocks", "v_norm", "v_out")  # parameters of v
 

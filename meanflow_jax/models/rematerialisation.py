@@ -1,11 +1,13 @@
-"""What the backward pass of a stack of blocks recomputes, and what is kept for it."""
+"""The backward pass of a stack of blocks: what it recomputes, what is kept for it, its order."""
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
+from flax.core import lift
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 REMAT = ("none", "matmuls", "blocks")
 
@@ -43,3 +45,33 @@ def rematerialised(block: type[nn.Module], remat: str, *, scan: bool) -> type[nn
     policy = jax.checkpoint_policies.save_only_these_names(_KEPT)
     return nn.remat(block, prevent_cse=False, policy=policy)
   return block
+
+
+def in_turn(block: type[nn.Module]) -> type[nn.Module]:
+  """A block the gradients of whose parameters are computed before those of the block before it.
+
+  XLA puts them off where layers are unrolled, and keeps until then what they are products of.
+  """
+
+  def lifted(block: Callable) -> Callable:
+    def tied(
+      inside: Callable, outside: Callable, params: PyTree, rngs: PyTree, x: Array, *args: Any
+    ):
+      params, x = _tied((params, x))
+      scope = inside(params, rngs)
+      return block(scope, x, *args), outside(scope)
+
+    return lift.pack(tied, ("params",), ("params",), (True,), name="in_turn")
+
+  return nn.transforms.lift_transform(lifted, block)
+
+
+@jax.custom_jvp
+def _tied(values: PyTree) -> PyTree:
+  """Values whose gradients are all computed before any of them is used."""
+  return values
+
+
+@_tied.defjvp
+def _tied_jvp(values: tuple[PyTree], tangents: tuple[PyTree]) -> tuple[PyTree, PyTree]:
+  return values[0], jax.lax.optimization_barrier(tangents[0])

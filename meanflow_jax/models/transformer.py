@@ -1,6 +1,7 @@
 """What transformers share: their settings, patches with positions, stacks of blocks."""
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from jaxtyping import Array, Float
 from meanflow_jax.arrays import Image, Time
 from meanflow_jax.models.embeddings import sincos_positions
 from meanflow_jax.models.patches import split_patches
-from meanflow_jax.models.rematerialisation import REMAT, rematerialised
+from meanflow_jax.models.rematerialisation import REMAT, in_turn, rematerialised
 
 Tokens = Float[Array, "B N E"]
 
@@ -21,10 +22,11 @@ DTYPES = ("float32", "bfloat16")
 class PatchTransformer(nn.Module):
   """A transformer over the patches of images or latents.
 
-  Parameters are float32; the parameters of blocks are stacked over layers (those named in a class's
-  `STACKED`), so that a checkpoint does not depend on `scan`.
+  Parameters are float32; the parameters of blocks are stacked over layers, so that a checkpoint
+  does not depend on `scan`.
 
   Attributes:
+    STACKS: names of the parameters of stacks of blocks.
     patch_size: side of a patch, in pixels.
     width, depth, num_heads: of the transformer.
     num_classes: size of the label table without the null class; 0 takes no labels.
@@ -38,6 +40,8 @@ class PatchTransformer(nn.Module):
       the output of a fused attention (so that no attention scores are kept), "blocks": all but the
       input of each block.
   """
+
+  STACKS: ClassVar[tuple[str, ...]]
 
   patch_size: int
   width: int
@@ -71,6 +75,11 @@ class PatchTransformer(nn.Module):
       )
     super().__post_init__()
 
+  @property
+  def looped(self) -> tuple[str, ...]:
+    """Names of the parameters that a loop over layers passes over."""
+    return self.STACKS if self.scan else ()
+
   def _times(self, t: Time, h: Time) -> dict[str, Time]:
     """The times that the network is told, by their names."""
     times = {"t": t, "h": h, "r": t - h}
@@ -97,8 +106,9 @@ class PatchTransformer(nn.Module):
 
   def _stack(self, block: type[nn.Module], depth: int) -> Callable[..., nn.Module]:
     """The class of `depth` blocks in a row; what blocks take besides tokens is the same for all."""
+    block = rematerialised(block, self.remat, scan=self.scan)
     return nn.scan(
-      rematerialised(block, self.remat, scan=self.scan),
+      block if self.scan else in_turn(block),
       variable_axes={"params": 0},
       split_rngs={"params": True},
       in_axes=nn.broadcast,
