@@ -234,3 +234,17 @@ def test_the_compiler_of_tpus():
     compile_step(step, build.abstract_batch(config, mesh), mesh)
   assert caught.value.needed > caught.value.available
   assert caught.value.available == topology.CHIPS["v5e"].memory
+
+
+@pytest.mark.tpu
+def test_gradients_of_unrolled_layers_are_not_put_off():
+  """What they are products of would lie beside what the forward pass keeps."""
+  rows, layers, width = 16, 6, 128
+  model = {"width": width, "depth": layers, "num_heads": 2, "patch_size": 2, "scan": False}
+  sizes = {f"model.{key}": size for key, size in model.items()} | {"train.batch_size": rows}
+  config = tiny(sizes | {"data.image_size": 32, "model.dtype": "bfloat16"})
+  mesh = make_mesh(1, 1, topology.tpu_devices("v5e:2x2")[:1])
+  with uncached():
+    figures = compile_step(train_step(config, mesh), build.abstract_batch(config, mesh), mesh)
+  products = 3 + 1 + 1 + 4 + 1  # qkv, what attention mixes, its projection, the perceptron's two
+  assert figures.temporaries < layers * products * rows * 256 * width * 2
