@@ -62,7 +62,7 @@ def get_config() -> ConfigDict:
   # auto: fused on TPUs and NVIDIA GPUs | plain: as XLA compiles it | pallas: fused, or an error
   # where it cannot run
   model.attention = "auto"
-  model.scan = True  # compile one block and loop over it
+  model.scan = False  # a loop over one compiled block: quicker to compile, slower to run
   # What the backward pass recomputes: none | matmuls: all but products with weights (and
   # convolutions) | blocks: all but the input of each block
   model.remat = "matmuls"

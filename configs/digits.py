@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
   """The preset."""
   config = base.get_config()
   config.model.update(patch_size=2, depth=4, width=96, num_heads=3)
-  config.model.update(positions="learned", time_frequencies=64, scan=False)
+  config.model.update(positions="learned", time_frequencies=64)
   config.method.times.equal_fraction = 0.5
   config.method.guidance.update(omega=0.62, kappa=0.5)
   config.method.weight.c = 1e-3

@@ -142,9 +142,11 @@ def _tpu_plan(config: ConfigDict, machine: Slice) -> Iterator[str]:
   step, mesh = _built(config, job.devices)
   yield from _heading(job, step, mesh)
   start = config.train.batch_size
+  loops = getattr(step.network, "scan", False) or config.train.accumulate > 1
   with futures.ThreadPoolExecutor(1) as second_core:
-    unrolled = second_core.submit(_unrolled, job)
+    unrolled = second_core.submit(_unrolled, job) if loops else None
     need = job.need()
+    unrolled = unrolled or second_core.submit(lambda: need.compiled or _unrolled(job))
     yield from _memory(job, step, mesh, need)
     search = lambda batch: job.need(train__batch_size=batch)
     state = device_bytes(step.abstract_state(mesh))
