@@ -28,7 +28,7 @@ setup(
     "flax>=0.12",
     "grain>=0.2.12",
     "importlib_resources>=6.0",
-    "jax>=0.10",
+    "jax>=0.10.2",
     "jaxtyping>=0.3",
     "matplotlib>=3.8",
     "ml_collections>=1.0",
@@ -43,9 +43,9 @@ setup(
     "tqdm>=4.66",
   ],
   extras_require={
-    "cuda": ["jax[cuda12]>=0.10"],
+    "cuda": ["jax[cuda12]>=0.10.2"],
     "gcs": ["gcsfs>=2024.2"],  # checkpoints on gs://
-    "tpu": ["gcsfs>=2024.2", "jax[tpu]>=0.10"],
+    "tpu": ["gcsfs>=2024.2", "jax[tpu]>=0.10.2"],
     "test": [
       "beartype>=0.20",
       "pytest>=8.0",

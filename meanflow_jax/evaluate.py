@@ -370,6 +370,7 @@ def _resumable(
   setting: Setting,
 ) -> Resumable:
   """The folder of a row, named after all that its sums depend on, the parameters included."""
+  # One program: on CPUs the sums of several at a time may wait for one another for ever.
   norm = float(jax.jit(optax.tree.norm)(items[item_name(setting.ema)]))
   (row,) = rows_of(config, step, evaluator, {setting: {}}, {})
   processes = f"{jax.process_index()} of {jax.process_count()}"

@@ -41,7 +41,7 @@ _GPU_BYTES = """\
 Bytes per GPU. Temporaries are what the compiler of this CPU allocates for the step of one GPU's
 share, gradients whole: no figure of a GPU's compiler."""
 _SWEEP_TIME = """\
-Memory and time are those of the scanned layers. Time: the cycles that the compiler's schedule
+Memory and time are those of the form that trains. Time: the cycles that the compiler's schedule
 estimates, loops in full, plus what is sent at the bandwidth of the links: good for comparing rows;
 the plan without --sweep is finer.
 """
@@ -146,13 +146,12 @@ def _tpu_plan(config: ConfigDict, machine: Slice) -> Iterator[str]:
   with futures.ThreadPoolExecutor(1) as second_core:
     unrolled = second_core.submit(_unrolled, job) if loops else None
     need = job.need()
-    unrolled = unrolled or second_core.submit(lambda: need.compiled or _unrolled(job))
     yield from _memory(job, step, mesh, need)
     search = lambda batch: job.need(train__batch_size=batch)
     state = device_bytes(step.abstract_state(mesh))
     largest = largest_batch(search, {start: need}, unit=job.unit, state=state, limit=job.memory)
     yield _line("largest batch", _largest(largest, len(job.devices)))
-    figures = unrolled.result()
+    figures = unrolled.result() if unrolled else need.compiled or _unrolled(job)
   if not largest.batch:
     yield "No batch fits: spread the parameters (--config.mesh.fsdp), or take more chips."
   elif figures is None:
@@ -340,7 +339,6 @@ def _try(job: Job, choice: Choice) -> Choice:
       mesh__data=-1,
       mesh__fsdp=choice.fsdp,
       model__remat=choice.remat,
-      model__scan=True,
       train__batch_size=choice.batch,
     )
   except (ValueError, jax.errors.JaxRuntimeError) as error:

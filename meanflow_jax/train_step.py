@@ -331,7 +331,7 @@ class TrainStep:
   ) -> tuple[tuple[Scalar, Metrics], PyTree]:
     """Loss, metrics and gradient, averaged over the microbatches.
 
-    There is one gradient in memory, to which each backward pass adds.
+    Each backward pass adds to one sum: of layers in a loop there is no other gradient in memory.
     """
     sums = jax.tree.map(jax.new_ref, constrain(jax.tree.map(jnp.zeros_like, params)))
 

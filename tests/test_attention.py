@@ -258,6 +258,12 @@ def test_reverse_mode_through_the_tangent_is_refused(function):
   assert not jax.grad(lambda dq: both(q, dq)[0].sum())(along[0]).any()
 
 
+@pytest.mark.parametrize("directions", [(1.0,), (1.0, None), (1.0, 1.0, 1.0), ({"t": 1.0}, 1.0)])
+def test_a_direction_for_each_argument(directions):
+  with pytest.raises(TypeError, match="one structure"):
+    forward_mode.jvp(lambda z, t: z * t, (2.0, 3.0), directions)
+
+
 def test_a_jvp_that_was_not_announced_is_refused():
   q, k, v, *along, _ = heads((5, 1, 8), "float32")
   with pytest.raises(TypeError, match="custom_vjp"):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from configs.base import DIT
+from meanflow_jax.models import transformer
 from meanflow_jax.train_step import init_params
 from tests import tiny
 
@@ -116,6 +117,31 @@ def test_layers_are_a_loop_or_unrolled(scan):
   shapes, network = shapes_and_network(scan=scan)
   program = jax.jit(network.apply).lower({"params": shapes}, *inputs())
   assert ("while" in program.as_text()) == scan
+
+
+@pytest.mark.parametrize(
+  ("scan", "times", "tied"), [(False, 4, True), (False, 1, False), (True, 4, False)]
+)
+def test_gradients_of_many_rows_come_in_turn(scan, times, tied):
+  """Of unrolled layers that keep more numbers than they have weights."""
+  shapes, network = shapes_and_network(scan=scan)
+  rows = [jnp.repeat(x, times, axis=0) for x in inputs()]
+  total = lambda params: jnp.sum(network.apply({"params": params}, *rows))
+  program = jax.jit(jax.grad(total)).lower(shapes)
+  assert ("optimization_barrier" in program.as_text()) == tied
+
+
+def test_a_jvp_costs_no_more_where_gradients_come_in_turn(monkeypatch):
+  def flops() -> float:
+    shapes, network = shapes_and_network(scan=False)
+    z, *rest = (jnp.repeat(x, 4, axis=0) for x in inputs())
+    of = lambda params, z: network.apply({"params": params}, z, *rest)
+    both = lambda params, z: jax.jvp(lambda z: of(params, z), (z,), (z,))
+    return jax.jit(both).lower(shapes, z).compile().cost_analysis()["flops"]
+
+  in_turn = flops()
+  monkeypatch.setattr(transformer, "in_turn", lambda block: block)
+  assert in_turn == flops()
 
 
 def test_remat_keeps_less_for_the_backward_pass():

@@ -28,12 +28,13 @@ from meanflow_jax.train_step import (
   stream,
   velocity_fn,
 )
-from tests.runs import assert_close, comparable, mesh_of, tiny, train_step
+from tests.runs import assert_close, comparable, mesh_of, stepped, tiny, train_step
 from tests.tiny import meanflow, random_params
 
 HostBatch = dict[str, np.ndarray]
 
 STEPS = 20
+DEEP = {"model.depth": 3, "train.batch_size": 32}
 
 
 @functools.cache
@@ -206,6 +207,23 @@ def test_any_mesh_accumulates_the_same() -> None:
   assert many.compilations == 1
   assert_close(many.metrics, one.metrics, rtol=1e-4)
   assert_close(many.history, one.history, rtol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def unrolled() -> TrainState:
+  """After two steps of a network of three layers, on one device."""
+  return stepped(tiny(DEEP), mesh_of(1, 1), 2)
+
+
+@pytest.mark.parametrize(
+  ("accumulate", "scan", "shape"),
+  [(1, True, (1, 1)), (2, True, (4, 2)), (2, True, (8, 1)), (2, False, (8, 1))],
+)
+def test_layers_in_a_loop_learn_the_same(
+  unrolled: TrainState, accumulate: int, scan: bool, shape: tuple[int, int]
+) -> None:
+  changes = DEEP | {"model.scan": scan, "train.accumulate": accumulate}
+  assert_close(stepped(tiny(changes), mesh_of(*shape), 2), unrolled, rtol=1e-4)
 
 
 def test_microbatches_take_whole_groups_from_all_over_the_batch() -> None:

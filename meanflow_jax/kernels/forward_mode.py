@@ -35,8 +35,14 @@ def jvp(
     f(*primals), and its derivative along the tangents.
 
   Raises:
+    TypeError: primals and tangents of different structures.
     NotImplementedError: later, if a gradient is taken through the derivative.
   """
+  if jax.tree.structure(primals) != jax.tree.structure(tangents):
+    raise TypeError(
+      f"primals and tangents must have one structure, got {jax.tree.structure(primals)} and "
+      f"{jax.tree.structure(tangents)}"
+    )
   f, arguments = _of_arrays(f, *primals)
 
   @jax.custom_jvp
@@ -190,6 +196,7 @@ _refused = Primitive("change_of_derivative")
 _refused.def_impl(_refuse_gradient)
 _refused.def_abstract_eval(lambda *_, like: like)
 ad.primitive_transposes[_refused] = _refuse_gradient
+batching.primitive_batchers[_refused] = _refuse_gradient
 mlir.register_lowering(_refused, _refuse_gradient)
 
 # A `custom_jvp` would not do: linearising a scan or a rematerialised block drops its rule.
