@@ -13,9 +13,8 @@ from jaxtyping import Array, PyTree
 REMAT = ("none", "matmuls", "blocks")
 
 _KEPT = "kept"
-_KEPT_OF_A_BLOCK = (
-  10  # numbers for each of its input: qkv 3, mixed 1, projected 1, perceptron 4 + 1
-)
+# Numbers for each of its input: qkv 3, mixed 1, projected 1, perceptron 4 + 1.
+_KEPT_OF_A_BLOCK = 10
 
 
 def kept(x: Array) -> Array:
